@@ -1,8 +1,8 @@
 """What one request leaves behind, and the parcel of such records that an ingress sends to the controller.
 
-A record exists from the moment a request is assigned. Until the request ends it is *open* (`finished_at_s is None`), and
-an open record travels too: a variant that hangs never finishes anything, so only its open records, growing older than
-the deadline, speak against it. The judge decides what counts; a record only states facts.
+A record exists from the moment a request is assigned. Until the request ends it is *open* (`finished_at_s is None`),
+and an open record travels too: a variant that hangs never finishes anything, so only its open records, growing older
+than the deadline, speak against it. The judge decides what counts; a record only states facts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Drift:
     """How far one answer lay from the reference's view of it, over `tokens` scored positions (KL in nats per token).
 
     `nll_ratio_tokens` counts the positions where a perplexity ratio is fair (prompt tokens, or text that the stable
-    variant served); the two sums are over those. `flipped`: the reference's whole greedy answer differs (None: unknown).
+    variant served); the two sums are over those. `flipped`: the reference's whole greedy answer differs (None:
+    unknown).
     """
 
     tokens: int

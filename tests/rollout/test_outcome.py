@@ -41,5 +41,5 @@ def test_an_open_record_is_neither_finished_nor_ok() -> None:
 
 
 def test_an_unknown_key_is_named() -> None:
-    with pytest.raises(ConfigError, match="outcome.prompt: unknown key"):
+    with pytest.raises(ConfigError, match=r"outcome\.prompt: unknown key"):
         Outcome.from_dict({**OPEN.to_dict(), "prompt": "secret"})
