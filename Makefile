@@ -1,0 +1,52 @@
+# Two commands: `make serve` runs Halftone, `make test` checks and tests it. Both set up everything they need.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+EXTRAS ?=
+CONFIG ?=
+ARGS ?=
+
+.PHONY: help install install-dev serve check format test test-fast clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch comes first and by its exact version, or another package's range would fetch a CUDA build.
+$(VENV)/.serve: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) --editable '.$(EXTRAS)'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	@echo "Adding what the checks and tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.serve  ## Install what serving needs
+
+install-dev: $(VENV)/.dev  ## Install what developing needs
+
+serve: install  ## Serve the embedded model on 127.0.0.1:8000 (CONFIG=FILE, ARGS="--port 9000")
+	@exec $(BIN)/halftone serve $(CONFIG) $(ARGS)
+
+check: install-dev  ## Format, lint, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install-dev  ## Put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: check  ## Check, then run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install-dev  ## Only the fast tests
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser" $(ARGS)
+
+clean:  ## Remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
