@@ -5,7 +5,9 @@ HalftoneError
 │   ├── InvalidRequest          400
 │   ├── ContextLengthExceeded   400
 │   ├── Unauthorized            401
+│   ├── Forbidden               403
 │   ├── UnknownModel            404
+│   ├── RequestTimeout          408
 │   └── RequestTooLarge         413
 ├── ServiceError                ours or the moment's: retrying may help
 │   ├── Overloaded              429, with Retry-After
@@ -33,12 +35,14 @@ __all__ = [
     "CompressionError",
     "ConfigError",
     "ContextLengthExceeded",
+    "Forbidden",
     "GenerationFailed",
     "HalftoneError",
     "InvalidRequest",
     "Overloaded",
     "RecipeError",
     "RequestError",
+    "RequestTimeout",
     "RequestTooLarge",
     "ServiceError",
     "SetupError",
@@ -102,6 +106,13 @@ class Unauthorized(RequestError):
         super().__init__(message, code="invalid_api_key")
 
 
+class Forbidden(RequestError):
+    """A route that this caller may not use, whatever key it sends."""
+
+    status = 403
+    type = "permission_error"
+
+
 class UnknownModel(RequestError):
     """A model or variant name that is not served; the message lists those that are."""
 
@@ -110,6 +121,12 @@ class UnknownModel(RequestError):
 
     def __init__(self, message: str, *, param: str | None = "model") -> None:
         super().__init__(message, param=param, code="model_not_found")
+
+
+class RequestTimeout(RequestError):
+    """A body that did not arrive in time."""
+
+    status = 408
 
 
 class RequestTooLarge(RequestError):

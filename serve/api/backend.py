@@ -92,7 +92,12 @@ class Backend(Protocol):
 
     async def start(self, call: Call) -> Answer:
         """Route the call and begin. Raises only what is known before a variant is chosen: `UnknownModel`,
-        `InvalidRequest`, `VariantUnavailable`. Once one is chosen, errors come through `Answer.events`."""
+        `InvalidRequest`, `VariantUnavailable`. Once one is chosen, errors come through `Answer.events`.
+        Cancelled (the client went away meanwhile), it leaves nothing running behind."""
+        ...
+
+    def refused(self, status: int) -> None:
+        """A generation call was answered with this 4xx before it reached `start`: for `request_errors_total`."""
         ...
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> Tokenized: ...
