@@ -1,0 +1,107 @@
+"""The contract of every number format: a linear layer that says what it stores, with plain arithmetic beside it.
+
+A layer lives in two layouts. The **plain** one is what `state_dict` holds and an artifact saves: the same on every
+machine. `prepare` turns it, once, into whatever this machine's kernel wants and releases the plain copy, so that no
+weight is held twice. Layers know nothing about how their values were chosen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from serve.errors import ArtifactError
+
+__all__ = ["CompressedLinear", "LinearSpec", "Storage"]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A projection as the model's configuration has it: enough to build an empty layer. `dtype` is the activations'."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of one layer: the `weight_bytes` proper, and the scales, zero points and tables that decoding needs."""
+
+    weight_bytes: int
+    metadata_bytes: int
+    bias_bytes: int = 0
+
+
+class CompressedLinear(nn.Module, ABC):
+    """`y = x W^T + b` for `x [..., in_features]`, with W in some format. Built empty; `fill` gives it its tensors."""
+
+    metadata: ClassVar[tuple[str, ...]] = ()
+    bias: Tensor | None
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.prepared = False
+        if spec.has_bias:
+            self.declare("bias", (spec.out_features,), spec.dtype)
+        else:
+            self.register_buffer("bias", None)
+
+    def declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Announce a tensor of the plain layout, without memory."""
+        self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def fill(self, **tensors: Tensor | None) -> None:
+        """Give every declared tensor its values; raise `ArtifactError` where one is missing or of another form."""
+        for name, declared in self.named_buffers():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != declared.shape or tensor.dtype != declared.dtype:
+                found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ArtifactError(
+                    f"{self.spec.name}.{name}: expected {declared.dtype} {list(declared.shape)}, found {found}"
+                )
+            setattr(self, name, tensor)
+
+    def prepare(self) -> None:
+        """Move to the layout that this machine multiplies in. Idempotent; the plain tensors are gone afterwards."""
+        if not self.prepared:
+            self._prepare()
+            self.prepared = True
+
+    def _prepare(self) -> None:
+        return None
+
+    def storage(self) -> Storage:
+        """Exact bytes of the plain layout."""
+        sizes = {name: buffer.nbytes for name, buffer in self.named_buffers()}
+        bias = sizes.pop("bias", 0)
+        metadata = sum(size for name, size in sizes.items() if name in self.metadata)
+        return Storage(sum(sizes.values()) - metadata, metadata, bias)
+
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """Which path multiplies this layer on this machine, for reports."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]` in x's dtype."""
+
+    @abstractmethod
+    def reference(self, x: Tensor) -> Tensor:
+        """The same product by plain arithmetic on the plain layout: slow, for tests and odd machines."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The weight as float32 `[out_features, in_features]`, from the plain layout. For reference code only."""
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,71 @@
+"""Which treatment each layer gets: the recipe's stages resolved to methods, with skipped and overridden layers.
+
+Resolving happens before any weight is read, so that a recipe this machine cannot run fails at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from serve.compression import methods
+from serve.compression.hardware import check_dtype
+from serve.compression.method import Need, Pruner, Quantizer
+from serve.compression.recipe import Recipe
+from serve.compression.skeleton import DTYPES
+from serve.compression.stages import Int8
+from serve.errors import RecipeError
+
+__all__ = ["Plan", "Treatment"]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to one projection: pruners in order, then a quantizer; neither means that it stays dense."""
+
+    pruners: tuple[Pruner, ...] = ()
+    quantizer: Quantizer | None = None
+
+    @property
+    def needs(self) -> Need:
+        wants = [pruner.needs for pruner in self.pruners] + ([self.quantizer.needs] if self.quantizer else [])
+        return max(wants, default=Need.NOTHING)
+
+    @property
+    def sequential(self) -> bool:
+        return self.quantizer is None or self.quantizer.sequential
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.pruners and self.quantizer is None
+
+
+class Plan:
+    """The recipe as methods, checked against a device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        check_dtype(DTYPES[recipe.dtype], device)
+        self.recipe, self.device = recipe, device
+        self._default = self._treat(recipe)
+        self._overrides = [(pattern, self._treat(Recipe.parse(target))) for pattern, target in recipe.overrides]
+        self.head = self._check(methods.quantizer(Int8())) if recipe.lm_head == "int8" else None
+
+    def treatment(self, name: str) -> Treatment:
+        """The treatment of the projection `name`."""
+        if any(fnmatchcase(name, pattern) for pattern in self.recipe.skip):
+            return Treatment()
+        return next((found for pattern, found in self._overrides if fnmatchcase(name, pattern)), self._default)
+
+    def _treat(self, recipe: Recipe) -> Treatment:
+        for stage in recipe.work:
+            if stage.kind == "structure":
+                raise RecipeError(f"recipe: {stage.name} cannot be applied while loading by this version")
+        pruners = tuple(methods.pruner(stage) for stage in recipe.work if stage.kind == "prune")
+        quantizer = self._check(methods.quantizer(recipe.quantizer)) if recipe.quantizer else None
+        return Treatment(pruners, quantizer)
+
+    def _check(self, quantizer: Quantizer) -> Quantizer:
+        quantizer.check(self.device, DTYPES[self.recipe.dtype])
+        return quantizer
