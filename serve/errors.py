@@ -8,7 +8,8 @@ HalftoneError
 │   ├── Forbidden               403
 │   ├── UnknownModel            404
 │   ├── RequestTimeout          408
-│   └── RequestTooLarge         413
+│   ├── RequestTooLarge         413
+│   └── HeadersTooLarge         431
 ├── ServiceError                ours or the moment's: retrying may help
 │   ├── Overloaded              429, with Retry-After
 │   ├── VariantUnavailable      503, with Retry-After
@@ -38,6 +39,7 @@ __all__ = [
     "Forbidden",
     "GenerationFailed",
     "HalftoneError",
+    "HeadersTooLarge",
     "InvalidRequest",
     "Overloaded",
     "RecipeError",
@@ -133,6 +135,12 @@ class RequestTooLarge(RequestError):
     """A body over the configured limit."""
 
     status = 413
+
+
+class HeadersTooLarge(RequestError):
+    """More headers, or larger ones, than the configured limit."""
+
+    status = 431
 
 
 class ServiceError(HalftoneError):

@@ -3,6 +3,9 @@
 `create_app` lives in `serve.api.app`: importing this package loads no web framework, so the router may name the seam.
 """
 
+from serve.api.auth import Keys
 from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState, Tokenized
+from serve.api.limits import Limits
+from serve.api.settings import ApiSettings
 
-__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState", "Tokenized"]
+__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState", "Tokenized"]

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from serve.errors import Forbidden, Unauthorized
 
-__all__ = ["PUBLIC_PATHS", "Keys", "authorize"]
+__all__ = ["PUBLIC_PATHS", "Keys", "authorize", "is_admin"]
 
 PUBLIC_PATHS: Final = frozenset({"/health", "/ready"})
 """What an orchestrator probes without a key."""

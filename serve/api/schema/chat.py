@@ -60,6 +60,8 @@ class Conversation(Body):
 
 
 class ChatBody(GenerationBody, Conversation):
+    kind = "chatcmpl"
+
     max_tokens: OutputTokens | None = Field(default=None, deprecated=True)
     max_completion_tokens: OutputTokens | None = Field(
         default=None, description="Absent: as many as the context allows. Goes before `max_tokens`."

@@ -16,6 +16,8 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(GenerationBody):
+    kind = "cmpl"
+
     prompt: Prompts
     max_tokens: TokenCount | None = Field(default=_DEFAULT_MAX_TOKENS, description="0 with `echo` scores the prompt.")
     echo: Flag = False

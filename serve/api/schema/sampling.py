@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
@@ -13,7 +13,10 @@ from serve.api.schema.text import StopStrings, StopTokenIds
 from serve.errors import InvalidRequest
 from serve.generation import SamplingParams
 
-__all__ = ["GenerationBody", "LogprobCount", "ModelName", "StreamOptions", "TokenCount"]
+__all__ = ["CallKind", "GenerationBody", "LogprobCount", "ModelName", "StreamOptions", "TokenCount"]
+
+CallKind = Literal["cmpl", "chatcmpl"]
+"""What OpenAI's ids begin with."""
 
 _SEED_BITS = 63
 
@@ -75,6 +78,8 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
+    kind: ClassVar[CallKind]
+
     model: ModelName
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
