@@ -1,0 +1,142 @@
+"""Results as tables in a terminal."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loadtest.results import Json
+
+METRICS = {
+    "ttft_s": "TTFT",
+    "itl_s": "ITL",
+    "tpot_s": "TPOT",
+    "e2e_s": "E2E",
+    "queue_s": "queue",
+}
+COLUMNS = {"mean": "mean", "p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9", "max": "max"}
+
+
+def print_run(result: Json, console: Console) -> None:
+    """Latencies, rates and what to know about them, overall and by variant."""
+    if "stages" in result:
+        console.print(_stages(result))
+    console.print(_latencies("overall", result["overall"]))
+    console.print(_rates({"overall": result["overall"], **result["by_variant"]}))
+    for name, group in result["by_variant"].items():
+        console.print(_latencies(name, group))
+    for kind, example in result["overall"]["error_examples"].items():
+        console.print(Text(f"{kind}: {example}"))
+    for line in _verdicts(result):
+        console.print(Text(line))
+
+
+def milliseconds(value_s: float | None) -> str:
+    """Three significant digits, in ms; – where there is none."""
+    if value_s is None:
+        return "–"
+    return f"{value_s * 1e3:.3g}" if value_s < 1 else f"{value_s * 1e3:.0f}"
+
+
+def _latencies(name: str, group: Json) -> Table:
+    table = Table(title=f"{name}: milliseconds, with 95 % intervals")
+    table.add_column("metric")
+    table.add_column("n", justify="right")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for metric, title in METRICS.items():
+        values = group[metric]
+        table.add_row(title, str(values["count"]), *(_with_interval(values, column) for column in COLUMNS))
+    return table
+
+
+def _with_interval(values: Json, column: str) -> str:
+    interval = values["intervals"].get(column)
+    middle = milliseconds(values[column])
+    if interval is None:
+        return middle
+    return f"{middle}\n[dim]{milliseconds(interval[0])}–{milliseconds(interval[1])}[/dim]"
+
+
+def _rates(groups: dict[str, Json]) -> Table:
+    titles = (
+        "",
+        "requests",
+        "requests/s",
+        "tokens/s",
+        "good",
+        "good requests/s",
+        "errors",
+        "prompt tokens",
+        "answer",
+    )
+    table = Table(*titles)
+    for name, group in groups.items():
+        table.add_row(
+            name,
+            f"{group['requests']['succeeded']} of {group['requests']['measured']}",
+            f"{group['requests_per_s']:.3g}",
+            f"{group['tokens_per_s']:.4g}",
+            _percent(group["goodput_ratio"]),
+            f"{group['goodput_requests_per_s']:.3g}",
+            ", ".join(f"{kind} {count}" for kind, count in group["errors"].items()) or "none",
+            _mean(group["prompt_tokens"]),
+            _mean(group["completion_tokens"]),
+        )
+    return table
+
+
+def _stages(result: Json) -> Table:
+    table = Table(
+        "offered",
+        "requests/s",
+        "tokens/s",
+        "TTFT p99 ms",
+        "E2E p50 ms",
+        "E2E p99 ms",
+        "good",
+        "",
+        title="stages",
+    )
+    marks = {"highest_meeting_slo": "highest within SLO", "knee": "knee"}
+    for number, stage in enumerate(result["stages"]):
+        group = stage["overall"]
+        found = [text for key, text in marks.items() if (result[key] or {}).get("stage") == number]
+        table.add_row(
+            ", ".join(
+                f"{name} {_short(value)}" for name, value in stage["offered"].items() if name != "loop"
+            ),
+            f"{group['requests_per_s']:.3g}",
+            f"{group['tokens_per_s']:.4g}",
+            milliseconds(group["ttft_s"]["p99"]),
+            milliseconds(group["e2e_s"]["p50"]),
+            milliseconds(group["e2e_s"]["p99"]),
+            _percent(group["goodput_ratio"]),
+            ", ".join(found),
+        )
+    return table
+
+
+def _verdicts(result: Json) -> Iterable[str]:
+    yield from (f"note: {note}" for note in result["notes"])
+    if result["slo"] is not None:
+        slo = result["slo"]
+        limits = ", ".join(f"{name} ≤ {limit:g}" for name, limit in slo["limits"].items())
+        verdict = "met" if slo["met"] else "missed"
+        sure = "" if slo["is_sure"] else " (too few requests to be sure)"
+        yield f"SLO {limits} for {slo['target_ratio']:.1%} of requests: {verdict}{sure}"
+    if result["status"] != "complete":
+        yield f"the run was {result['status']}: this is what was measured until then"
+
+
+def _percent(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.1%}"
+
+
+def _mean(tokens: Json) -> str:
+    return "–" if tokens["mean"] is None else f"{tokens['mean']:.1f}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

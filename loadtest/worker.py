@@ -1,0 +1,89 @@
+"""One generator process: `python -m loadtest.worker`, started by `fleet`, talking over its standard streams.
+
+It ends by itself when its parent is gone, and leaves Ctrl-C to the parent, which then asks it to stop.
+"""
+
+import asyncio
+import gc
+import os
+import sys
+from typing import Any
+
+from loadtest.errors import LoadTestError
+from loadtest.event_loop import new_event_loop, raise_descriptor_limit
+from loadtest.frames import Assignment, Failed, Ready, Start, Stop, pack, unpack
+from loadtest.generator import Generator
+
+HEALTH_EVERY_S = 1.0
+
+
+def main() -> None:
+    """Runs one assignment to its end."""
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not land among the frames
+    raise_descriptor_limit()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(results))
+
+
+async def _serve(results: int) -> None:
+    orders = await _orders()
+    output = await _output(results)
+    assignment: Assignment = await unpack(orders)
+    try:
+        generator = Generator(assignment, emit=lambda capture: output.write(pack(capture)))
+    except LoadTestError as error:
+        output.write(pack(Failed(str(error))))
+        await _flush(output)
+        return
+    output.write(pack(Ready()))
+    start = await unpack(orders)
+    if isinstance(start, Start):
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: the collector need not walk it while timestamps are taken
+        await _run(generator, start, orders, output)
+    await _flush(output)
+
+
+async def _run(generator: Generator, start: Start, orders: asyncio.StreamReader, output: Any) -> None:
+    watch = asyncio.create_task(_stop_when_told(generator, orders))
+    pulse = asyncio.create_task(_report_health(generator, output))
+    await generator.run(start.origin_s)
+    watch.cancel()
+    pulse.cancel()
+    output.write(pack(generator.health()))
+
+
+async def _stop_when_told(generator: Generator, orders: asyncio.StreamReader) -> None:
+    order = await unpack(orders)
+    assert order is None or isinstance(order, Stop)  # None: the parent is gone
+    generator.stop()
+
+
+async def _report_health(generator: Generator, output: asyncio.WriteTransport) -> None:
+    while True:
+        await asyncio.sleep(HEALTH_EVERY_S)
+        output.write(pack(generator.health()))
+
+
+async def _orders() -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader
+
+
+async def _output(results: int) -> asyncio.WriteTransport:
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_write_pipe(asyncio.Protocol, os.fdopen(results, "wb", buffering=0))
+    return transport
+
+
+async def _flush(output: asyncio.WriteTransport) -> None:
+    while output.get_write_buffer_size() and not output.is_closing():  # noqa: ASYNC110 - no event tells it
+        await asyncio.sleep(0.005)
+    output.close()
+
+
+if __name__ == "__main__":
+    main()
