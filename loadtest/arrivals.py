@@ -81,9 +81,7 @@ def read_trace(path: Path, speed: float = 1.0) -> list[Arrival]:
     entries: list[Arrival] = []
     try:
         with path.open() as lines:
-            rows = (
-                csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
-            )
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
             entries.extend(_trace_entry(row) for row in rows)
     except OSError as error:
         raise InputError(f"trace {path}: {error.strerror}") from error

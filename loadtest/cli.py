@@ -111,6 +111,46 @@ def run(
     sys.exit(_exit_code(result))
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A result of `run --output`.")],
+    b: Annotated[Path, typer.Argument(help="Another; may be the same, to compare two of its variants.")],
+    a_variant: Annotated[str | None, typer.Option(help="Take this variant of A.")] = None,
+    b_variant: Annotated[str | None, typer.Option(help="Take this variant of B.")] = None,
+    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 1 where B is worse.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which differences between two results are real."""
+    from loadtest import results, tables
+    from loadtest.compare import compare as compare_results
+
+    first, second = results.read(a, "run"), results.read(b, "run")
+    for path, result, variant in ((a, first, a_variant), (b, second, b_variant)):
+        if variant is not None and variant not in result["by_variant"]:
+            raise SettingsError(f"{path} has no variant {variant}, only {', '.join(result['by_variant']) or 'none'}")
+    comparison = compare_results(first, second, a_variant, b_variant)
+    if as_json:
+        print(json.dumps(results.envelope("compare", {"a": str(a), "b": str(b), **comparison}), indent=1))
+    else:
+        tables.print_comparison(comparison, Console())
+    sys.exit(SLO_MISSED if fail_if_worse and comparison["worse"] else 0)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Results of `run --output`.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("loadtest.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write the plots into this folder.")] = None,
+) -> None:
+    """Write one self-contained HTML page with tables and plots."""
+    from loadtest import results
+    from loadtest.report import write_report
+
+    found = [results.read(path, "run") for path in paths]
+    write_report(found, out, png, [path.stem for path in paths])
+    print(out)
+
+
 _OPTIONS = frozenset(inspect.signature(run).parameters) - frozenset(
     ("context", "scenario", "output", "raw", "html", "quiet", "as_json")
 )

@@ -66,9 +66,7 @@ class Target:
         base = parts.path.rstrip("/").removesuffix("/v1")
         tls = _tls(ca, insecure) if parts.scheme == "https" else None
         port = parts.port or (443 if tls else 80)
-        return cls(
-            parts.hostname, port, base + path, tls, {"host": parts.netloc.rpartition("@")[2], **headers}
-        )
+        return cls(parts.hostname, port, base + path, tls, {"host": parts.netloc.rpartition("@")[2], **headers})
 
     def head(self, content_length: int, request_id: str) -> bytes:
         """The request line and headers of one request."""
@@ -248,7 +246,5 @@ class _Connection(asyncio.Protocol):
 
 
 def _how_cut(exchange: Exchange | None, error: Exception | None) -> str:
-    when = (
-        "before any answer" if exchange is None or exchange.status is None else "in the middle of the answer"
-    )
+    when = "before any answer" if exchange is None or exchange.status is None else "in the middle of the answer"
     return f"the server closed the connection {when}" + (f" ({error})" if error else "")

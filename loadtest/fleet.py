@@ -81,9 +81,7 @@ class Fleet:
             elif isinstance(message, Health):
                 self.on_health(message)
         if await child.wait() != 0:
-            self.problems.append(
-                f"a generator process ended with status {child.returncode}; its share is incomplete"
-            )
+            self.problems.append(f"a generator process ended with status {child.returncode}; its share is incomplete")
 
     async def _stop_when(self, stop: asyncio.Event) -> None:
         await stop.wait()

@@ -210,11 +210,7 @@ class Generator:
                     request_id = f"{self._settings.seed}-{due.index}-{due.turn}-{attempts}"
                     exchange = await self._client.post(body, request_id)
                     retry_after_s = _retry_after(exchange) if exchange.status in TRY_LATER else retry_after_s
-                    if (
-                        exchange.status not in TRY_LATER
-                        or attempts > self._settings.retries
-                        or self._stopping
-                    ):
+                    if exchange.status not in TRY_LATER or attempts > self._settings.retries or self._stopping:
                         break
                     await asyncio.sleep(1.0 if retry_after_s is None else retry_after_s)
         except asyncio.CancelledError:  # while waiting for a place or for a Retry-After

@@ -51,9 +51,7 @@ MaxInFlight = Annotated[int | None, _how_fast("Most requests in flight [4096].")
 Processes = Annotated[int | None, _how_fast("Generator processes [1].")]
 
 Prompts = Annotated[Path | None, _what("JSON lines with text, prompt or turns.")]
-PromptTokens = Annotated[
-    str | None, _what("Made-up prompts: 128, uniform:64,256, lognormal:512,0.6 ... [128].")
-]
+PromptTokens = Annotated[str | None, _what("Made-up prompts: 128, uniform:64,256, lognormal:512,0.6 ... [128].")]
 OutputTokens = Annotated[str | None, _what("Limit of an answer, written likewise [64].")]
 SharedPrefixTokens = Annotated[int | None, _what("Length of a system prompt that all share [0].")]
 PrefixGroups = Annotated[int | None, _what("How many different such prompts [1].")]

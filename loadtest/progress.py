@@ -23,9 +23,7 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        )
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._drawn_s = 0.0
         self._stages = 0
         self._reset(Load())
@@ -71,9 +69,7 @@ class Progress:
         self._drawn_s = time.monotonic()
         cells = self._cells()
         if self._live is None:
-            self._console.print(
-                " · ".join(f"{name} {value}" for name, value in cells.items()), highlight=False
-            )
+            self._console.print(" · ".join(f"{name} {value}" for name, value in cells.items()), highlight=False)
             return
         table = Table(*cells, title=f"stage {self._stages}: {_offer(self._load)}")
         table.add_row(*cells.values())

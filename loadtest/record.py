@@ -202,9 +202,7 @@ def _read_stream(exchange: Exchange, answer: _Answer) -> None:
         at_s = exchange.times_s[bisect_left(arrived, event.end)]
         _read_chunk(_json(event.data), at_s, answer)
     if stream.stray_lines:
-        raise errors.MalformedResponseError(
-            f"{stream.stray_lines} lines of the stream are no server-sent event"
-        )
+        raise errors.MalformedResponseError(f"{stream.stray_lines} lines of the stream are no server-sent event")
     if not done and answer.finish_reason is None:
         raise errors.StreamCutError("the stream ended without [DONE] and without a finish_reason")
 

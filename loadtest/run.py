@@ -181,13 +181,9 @@ class Run:
         done = [record for record in records if record.ok]
         uncounted = sum(record.usage_tokens is None for record in done)
         if uncounted:
-            notes.append(
-                f"{uncounted} answers came without usage; their tokens were counted from text or chunks"
-            )
+            notes.append(f"{uncounted} answers came without usage; their tokens were counted from text or chunks")
         if self._prompt_count and len(records) > self._prompt_count:
-            notes.append(
-                f"{len(records)} requests of {self._prompt_count} prompts: repeats may hit a prefix cache"
-            )
+            notes.append(f"{len(records)} requests of {self._prompt_count} prompts: repeats may hit a prefix cache")
         notes += self._chunk_note(done)
         return notes
 

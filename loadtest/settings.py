@@ -151,9 +151,7 @@ class Settings(BaseModel):
             raise ValueError("url: write http://HOST:PORT or https://HOST:PORT")
         unknown = sorted(set(self.slo) - set(METRICS_WITH_LIMITS))
         if unknown:
-            raise ValueError(
-                f"slo: no metric {', '.join(unknown)}; allowed are {', '.join(METRICS_WITH_LIMITS)}"
-            )
+            raise ValueError(f"slo: no metric {', '.join(unknown)}; allowed are {', '.join(METRICS_WITH_LIMITS)}")
         Lengths.parse(self.prompt_tokens)
         Lengths.parse(self.output_tokens)
         self._check_load()
@@ -218,19 +216,13 @@ class Settings(BaseModel):
         if self.warmup.isdecimal():
             count = int(self.warmup)
             if count and self.duration is not None:
-                raise ValueError(
-                    f"warmup: a run by duration warms up for a time; write {count}s or a share like 5%"
-                )
+                raise ValueError(f"warmup: a run by duration warms up for a time; write {count}s or a share like 5%")
             return count, 0.0
         time_s = seconds(self.warmup)
         if not isinstance(time_s, float):
-            raise ValueError(
-                f"warmup: write requests (20), a time (10s) or a share (5%), not {self.warmup!r}"
-            )
+            raise ValueError(f"warmup: write requests (20), a time (10s) or a share (5%), not {self.warmup!r}")
         if self.duration is None:
-            raise ValueError(
-                "warmup: a run by num_requests warms up for a number of requests or a share like 5%"
-            )
+            raise ValueError("warmup: a run by num_requests warms up for a number of requests or a share like 5%")
         return 0, time_s
 
 

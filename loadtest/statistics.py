@@ -63,7 +63,7 @@ def histogram(values_s: Floats) -> HdrHistogram:
 
 
 def percentiles(counts: HdrHistogram) -> dict[str, float]:
-    """By nearest rank: the smallest recorded value, in seconds, that at least that share of all does not exceed."""
+    """By nearest rank, in seconds: the smallest value that at least that share of all does not exceed."""
     total = counts.get_total_count()
     # HdrHistogram rounds the rank to the nearest; asked for a whole rank it has nothing to round
     asked = {name: 100 * math.ceil(total * share / 100 - 1e-9) / total for name, share in PERCENTILES.items()}

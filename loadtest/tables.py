@@ -15,6 +15,7 @@ METRICS = {
     "e2e_s": "E2E",
     "queue_s": "queue",
 }
+VERDICT_STYLES = {"better": "green", "worse": "red"}
 COLUMNS = {"mean": "mean", "p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9", "max": "max"}
 
 
@@ -24,8 +25,8 @@ def print_run(result: Json, console: Console) -> None:
         console.print(_stages(result))
     console.print(_latencies("overall", result["overall"]))
     console.print(_rates({"overall": result["overall"], **result["by_variant"]}))
-    for name, group in result["by_variant"].items():
-        console.print(_latencies(name, group))
+    if result["by_variant"]:
+        console.print(_variants(result["by_variant"]))
     for kind, example in result["overall"]["error_examples"].items():
         console.print(Text(f"{kind}: {example}"))
     for line in _verdicts(result):
@@ -48,6 +49,17 @@ def _latencies(name: str, group: Json) -> Table:
     for metric, title in METRICS.items():
         values = group[metric]
         table.add_row(title, str(values["count"]), *(_with_interval(values, column) for column in COLUMNS))
+    return table
+
+
+def _variants(groups: dict[str, Json]) -> Table:
+    """p50 and p99 side by side; the JSON and the report have the rest."""
+    table = Table("variant", title="by variant: milliseconds, p50 and p99")
+    for title in METRICS.values():
+        table.add_column(title, justify="right")
+    for name, group in groups.items():
+        pairs = ((group[metric]["p50"], group[metric]["p99"]) for metric in METRICS)
+        table.add_row(name, *(f"{milliseconds(p50)} · {milliseconds(p99)}" for p50, p99 in pairs))
     return table
 
 
@@ -78,7 +90,7 @@ def _rates(groups: dict[str, Json]) -> Table:
             f"{group['requests']['succeeded']} of {group['requests']['measured']}",
             f"{group['requests_per_s']:.3g}",
             f"{group['tokens_per_s']:.4g}",
-            _percent(group["goodput_ratio"]),
+            percent(group["goodput_ratio"]),
             f"{group['goodput_requests_per_s']:.3g}",
             ", ".join(f"{kind} {count}" for kind, count in group["errors"].items()) or "none",
             _mean(group["prompt_tokens"]),
@@ -104,15 +116,13 @@ def _stages(result: Json) -> Table:
         group = stage["overall"]
         found = [text for key, text in marks.items() if (result[key] or {}).get("stage") == number]
         table.add_row(
-            ", ".join(
-                f"{name} {_short(value)}" for name, value in stage["offered"].items() if name != "loop"
-            ),
+            ", ".join(f"{name} {_short(value)}" for name, value in stage["offered"].items() if name != "loop"),
             f"{group['requests_per_s']:.3g}",
             f"{group['tokens_per_s']:.4g}",
             milliseconds(group["ttft_s"]["p99"]),
             milliseconds(group["e2e_s"]["p50"]),
             milliseconds(group["e2e_s"]["p99"]),
-            _percent(group["goodput_ratio"]),
+            percent(group["goodput_ratio"]),
             ", ".join(found),
         )
     return table
@@ -130,7 +140,8 @@ def _verdicts(result: Json) -> Iterable[str]:
         yield f"the run was {result['status']}: this is what was measured until then"
 
 
-def _percent(ratio: float | None) -> str:
+def percent(ratio: float | None) -> str:
+    """One digit after the point; – where there is none."""
     return "–" if ratio is None else f"{ratio:.1%}"
 
 
@@ -140,3 +151,31 @@ def _mean(tokens: Json) -> str:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def print_comparison(comparison: Json, console: Console) -> None:
+    """Every difference with its interval, and which are real."""
+    table = Table("", "metric", "", "A", "B", "B against A", "interval", "verdict on B")
+    for row in comparison["rows"]:
+        interval = row["interval"]
+        table.add_row(
+            row["group"],
+            row["metric"],
+            row["statistic"],
+            f"{row['a']:.4g}",
+            f"{row['b']:.4g}",
+            f"{row['change_ratio']:+.1%}",
+            "–" if interval is None else f"{interval[0]:+.1%} … {interval[1]:+.1%}",
+            Text(row["verdict"], style=VERDICT_STYLES.get(row["verdict"], "dim")),
+        )
+    console.print(table)
+    for name, (first, second) in comparison["settings_that_differ"].items():
+        console.print(Text(f"differs: {name} is {first!r} in A and {second!r} in B"))
+    if not comparison["same_machine"]:
+        console.print(Text("differs: the machine that measured"))
+    console.print(
+        Text(
+            f"Intervals hold together for all {comparison['comparisons']} comparisons, within these runs; "
+            "repeat the runs to see how runs differ."
+        )
+    )

@@ -2,9 +2,9 @@
 
     python fake_server.py [--tls CERTIFICATE KEY]      prints its port, serves until its standard input closes
 
-A request says in its field `fake` how it wants to be treated (see `Behaviour`); `GET /truth?run=NAME` returns, for
-each request of that run, when its last byte was read and when each chunk was written, on the machine's monotonic
-clock, which the load generator shares.
+A request says in its field `fake` how it wants to be treated (see `Behaviour`); `GET /truth?run=NAME` returns,
+for each request of that run, when its last byte was read and when each chunk was written, on the machine's
+monotonic clock, which the load generator shares.
 """
 
 import asyncio
@@ -199,9 +199,7 @@ def start(status: int, headers: dict[str, str]) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-def plain(
-    writer: asyncio.StreamWriter, status: int, text: str, headers: dict[str, str] | None = None
-) -> None:
+def plain(writer: asyncio.StreamWriter, status: int, text: str, headers: dict[str, str] | None = None) -> None:
     data = text.encode()
     about = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
     writer.write(start(status, about) + data)

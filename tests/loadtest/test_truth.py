@@ -1,7 +1,12 @@
-"""What is reported is what the server did: against a server that writes down its own times, on the same clock."""
+"""What is reported is what the server did: against one that writes down its own times, on the same clock.
+
+The bar is 2 % or 2 ms. On a busy machine a generator wakes late, and says how late (`loop_lag_s`): that much is
+allowed on top, so that the test measures the arithmetic and not the neighbours.
+"""
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,14 +18,17 @@ def nearest_rank(values, share):
     return sorted(values)[math.ceil(share * len(values) - 1e-9) - 1]
 
 
-def assert_true(reported, values):
-    """Every percentile within 2 % or 2 ms of the truth."""
+def assert_true(result, metric, values):
+    reported, lag = result["overall"][metric], result["generator"]["loop_lag_s"]
     assert reported["count"] == len(values)
     for name, share in PERCENTILES.items():
         true_s = nearest_rank(values, share)
-        assert reported[name] == pytest.approx(true_s, abs=max(0.002, 0.02 * true_s)), name
+        late_s = lag["p99"] if share <= 0.9 else lag["max"]
+        bar_s = max(0.002, 0.02 * true_s) + late_s
+        assert reported[name] == pytest.approx(true_s, abs=bar_s), (metric, name)
     mean_s = sum(values) / len(values)
-    assert reported["mean"] == pytest.approx(mean_s, abs=max(0.002, 0.02 * mean_s))
+    bar_s = max(0.002, 0.02 * mean_s) + lag["mean"]
+    assert reported["mean"] == pytest.approx(mean_s, abs=bar_s), metric
 
 
 @pytest.fixture
@@ -50,46 +58,43 @@ def check_latencies(result, pairs):
     ended = [truth["ended_s"] for _, truth in pairs]
     ttft = [chunks[0] - due for chunks, due in zip(written, due_s, strict=True)]
     e2e = [end - due for end, due in zip(ended, due_s, strict=True)]
-    gaps = [later - earlier for chunks in written for earlier, later in zip(chunks, chunks[1:], strict=False)]
+    gaps = [later - earlier for chunks in written for earlier, later in pairwise(chunks)]
     tpot = [(end - first) / (len(chunks) - 1) for end, first, chunks in zip(e2e, ttft, written, strict=True)]
-    overall = result["overall"]
-    assert_true(overall["ttft_s"], ttft)
-    assert_true(overall["e2e_s"], e2e)
-    assert_true(overall["itl_s"], gaps)
-    assert_true(overall["tpot_s"], tpot)
+    assert_true(result, "ttft_s", ttft)
+    assert_true(result, "e2e_s", e2e)
+    assert_true(result, "itl_s", gaps)
+    assert_true(result, "tpot_s", tpot)
 
 
 def test_percentiles_are_true_for_fixed_delays(measured):
-    fake = {"run": "fixed", "ttft": 0.1, "gap": 0.05, "tokens": 6}
-    result, pairs = measured(fake, "--rate", 40, "--num-requests", 120, "--arrivals", "constant")
+    fake = {"run": "fixed", "ttft": 0.2, "gap": 0.1, "tokens": 6}
+    result, pairs = measured(fake, "--rate", 30, "--num-requests", 100, "--arrivals", "constant")
     check_latencies(result, pairs)
 
 
 def test_percentiles_are_true_for_heavy_tails(measured):
-    fake = {"run": "heavy", "ttft": {"lognormal": [0.1, 0.8]}, "gap": {"lognormal": [0.05, 0.6]}, "tokens": 6}
-    result, pairs = measured(fake, "--rate", 40, "--num-requests", 160)
+    fake = {"run": "heavy", "ttft": {"lognormal": [0.2, 0.8]}, "gap": {"lognormal": [0.1, 0.6]}, "tokens": 5}
+    result, pairs = measured(fake, "--rate", 30, "--num-requests", 120)
     check_latencies(result, pairs)
 
 
 def test_an_open_loop_keeps_its_rate_through_a_stall_and_shows_it_in_the_tail(measured):
     fake = {"run": "stall", "ttft": 0.1, "gap": 0.02, "tokens": 3, "stall_at": 1.0, "stall_for": 2.0}
-    result, pairs = measured(
-        fake, "--rate", 40, "--arrivals", "constant", "--num-requests", 160, "--warmup", 0
-    )
+    result, pairs = measured(fake, "--rate", 40, "--arrivals", "constant", "--num-requests", 160, "--warmup", 0)
     check_latencies(result, pairs)
     queued = [record["sent_s"] - record["scheduled_s"] for record, _ in pairs]
     assert nearest_rank(queued, 0.9) < 0.05, "it kept sending while the server stood still"
     # of 160 requests in 4 s about 80 are due in the stall and wait for what is left of it: up to 2 s
     e2e = result["overall"]["e2e_s"]
     assert 1.9 < e2e["p99"] < 2.3
-    assert e2e["p50"] > 0.3
+    assert e2e["p90"] > 1.2
     waited = sum(record["chunks_s"][0] - record["scheduled_s"] > 0.3 for record, _ in pairs)
     assert 60 < waited < 90
 
 
 def test_a_closed_loop_hides_the_stall_and_says_so(measured):
     fake = {"run": "closed", "ttft": 0.02, "tokens": 1, "stall_at": 0.5, "stall_for": 2.0}
-    result, pairs = measured(fake, "--concurrency", 1, "--num-requests", 120, "--warmup", 0)
+    result, _ = measured(fake, "--concurrency", 1, "--num-requests", 120, "--warmup", 0)
     assert result["overall"]["e2e_s"]["p99"] < 0.2, "one request of 120 met the stall"
     omission = result["coordinated_omission"]
     assert omission["loop"] == "closed"
@@ -98,13 +103,11 @@ def test_a_closed_loop_hides_the_stall_and_says_so(measured):
 
 def test_a_server_with_one_slot_queues_an_open_loop_and_every_wait_counts(measured):
     fake = {"run": "queue", "ttft": 0.05, "tokens": 1, "slots": 1}
-    result, pairs = measured(
-        fake, "--rate", 40, "--arrivals", "constant", "--num-requests", 60, "--warmup", 0
-    )
+    result, pairs = measured(fake, "--rate", 40, "--arrivals", "constant", "--num-requests", 60, "--warmup", 0)
     # 20 a second are served, 40 a second come: the last waits about half of all service times
     e2e = result["overall"]["e2e_s"]
     origin_s = result["origin_monotonic_s"]
-    assert_true(e2e, [truth["ended_s"] - origin_s - record["scheduled_s"] for record, truth in pairs])
+    assert_true(result, "e2e_s", [truth["ended_s"] - origin_s - record["scheduled_s"] for record, truth in pairs])
     assert e2e["max"] > 1.2
     assert result["overall"]["requests_per_s"] < 21
 
@@ -128,7 +131,7 @@ def test_rates_and_counts_are_what_the_server_sent(measured):
 
 def test_warm_up_is_left_out(measured):
     fake = {"run": "warm", "ttft": 0.01, "tokens": 2, "stall_at": 0.0, "stall_for": 1.0}
-    result, pairs = measured(fake, "--concurrency", 4, "--num-requests", 40, "--warmup", "4")
+    result, _ = measured(fake, "--concurrency", 4, "--num-requests", 40, "--warmup", "4")
     assert result["overall"]["requests"] == {
         "measured": 40,
         "succeeded": 40,
@@ -151,7 +154,7 @@ def test_several_processes_send_one_load(measured):
 
 def test_several_tokens_in_a_chunk_are_one_gap_and_all_count_for_tpot(measured):
     fake = {"run": "chunks", "ttft": 0.05, "gap": 0.06, "tokens": 12, "tokens_per_chunk": 3}
-    result, pairs = measured(fake, "--concurrency", 4, "--num-requests", 20)
+    result, _ = measured(fake, "--concurrency", 4, "--num-requests", 20)
     overall = result["overall"]
     assert overall["itl_s"]["count"] == 20 * 3
     assert overall["itl_s"]["p50"] == pytest.approx(0.06, abs=0.005)
@@ -162,7 +165,7 @@ def test_several_tokens_in_a_chunk_are_one_gap_and_all_count_for_tpot(measured):
 
 def test_answers_that_are_not_streamed_have_only_an_end(measured):
     fake = {"run": "whole", "ttft": 0.1, "gap": 0.01, "tokens": 5}
-    result, pairs = measured(fake, "--no-stream", "--concurrency", 4, "--num-requests", 12)
+    result, _ = measured(fake, "--no-stream", "--concurrency", 4, "--num-requests", 12)
     overall = result["overall"]
     assert overall["ttft_s"]["count"] == overall["itl_s"]["count"] == overall["tpot_s"]["count"] == 0
     assert overall["ttft_s"]["p50"] is None
