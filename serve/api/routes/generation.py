@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import Response
 
 from serve.api.answering import AnswerResponse
 from serve.api.answers import Plan, new_call_id
@@ -42,12 +43,12 @@ def generation_routes(backend: Backend, settings: ApiSettings) -> APIRouter:
             plan = plan.with_echo_texts(await _echo_texts(plan.call, backend))
         return AnswerResponse(backend, plan, settings.limits.write_timeout_s)
 
-    @router.post("/v1/completions", openapi_extra=takes(CompletionBody), response_class=AnswerResponse)
+    @router.post("/v1/completions", openapi_extra=takes(CompletionBody), response_class=Response)
     async def completions(request: Request) -> AnswerResponse:
         """Continue prompts, given as text or as token ids."""
         return await answer(request, CompletionBody)
 
-    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody), response_class=AnswerResponse)
+    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody), response_class=Response)
     async def chat_completions(request: Request) -> AnswerResponse:
         """Answer a conversation."""
         return await answer(request, ChatBody)
