@@ -1,0 +1,175 @@
+"""Decides what the next step computes. Pure Python over sequences and blocks; knows no tensor and no clock.
+
+Continuous batching (Orca, OSDI 2022) over paged blocks (arXiv 2309.06180) with chunked prefill (arXiv 2308.16369):
+every running sequence gets its next token each step, what is left of the token budget goes to prompts in chunks, and
+a sequence that needs a block when none is free preempts the youngest one, which later computes its tokens again.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from serve.engine.blocks import BlockPool, blocks_for
+from serve.engine.sequence import Sequence
+from serve.engine.settings import EngineSettings
+
+__all__ = ["Chunk", "Plan", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start .. start + length` of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+    """Whether its last position predicts a token that is not known yet."""
+    scored: range = range(0)
+    """Positions whose logits become prompt logprobs."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step's work, and the sequences that lost their blocks so that it fits."""
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+
+class Scheduler:
+    """Holds every sequence that is not finished. `schedule` decides, `record` notes that it was done."""
+
+    def __init__(self, settings: EngineSettings, pool: BlockPool, *, max_scored_tokens: int = 256) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._max_scored_tokens = max_scored_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        """Both in order of rank."""
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_rank)
+
+    def finish(self, sequence: Sequence) -> list[int]:
+        """Forget a sequence, finished or aborted; returns the blocks it gave back."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        return self._release(sequence)
+
+    def schedule(self) -> Plan:
+        """The next step's chunks: decodes first, then running prompts, then those that wait, each by rank."""
+        step = _Step(self._settings, self._max_scored_tokens)
+        for sequence in [s for s in self.running if s.num_pending == 1]:
+            self._plan_running(step, sequence)
+        for sequence in [s for s in self.running if s.num_pending > 1]:
+            self._plan_running(step, sequence)
+        if not step.preempted:
+            self._admit(step)
+        return Plan(tuple(step.chunks.values()), tuple(step.preempted))
+
+    def record(self, plan: Plan) -> None:
+        """Note that the plan's tokens are in the KV cache now."""
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed = chunk.stop
+            chunk.sequence.num_scored = max(chunk.sequence.num_scored, chunk.scored.stop)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits at its rank and computes its tokens again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.add(sequence)
+
+    def _plan_running(self, step: _Step, sequence: Sequence) -> None:
+        # An earlier sequence of this step may have preempted this one.
+        length = step.affordable(sequence) if sequence in self.running else 0
+        if length and self._make_room(step, sequence):
+            step.take(sequence, length)
+
+    def _make_room(self, step: _Step, sequence: Sequence) -> bool:
+        """Blocks for all known tokens, from younger sequences if need be; False if it had to give up its own."""
+        missing = blocks_for(sequence.num_tokens, self._settings.block_size) - len(sequence.blocks)
+        while missing > self._pool.num_free:
+            victim = self.running[-1]
+            step.drop(victim)
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self._pool.allocate(max(missing, 0))
+        return True
+
+    def _admit(self, step: _Step) -> None:
+        while self.waiting and len(self.running) < self._settings.max_num_seqs:
+            sequence = self.waiting[0]
+            length = step.affordable(sequence)
+            # All known tokens at once: a prompt that was begun never waits for blocks in the middle.
+            needed = blocks_for(sequence.num_tokens, self._settings.block_size)
+            if not length or needed > self._pool.num_free:
+                return
+            self.waiting.pop(0)
+            sequence.blocks = self._pool.allocate(needed)
+            insort(self.running, sequence, key=_rank)
+            step.take(sequence, length)
+
+    def _release(self, sequence: Sequence) -> list[int]:
+        blocks, sequence.blocks, sequence.num_computed = sequence.blocks, [], 0
+        self._pool.free(blocks)
+        return blocks
+
+
+class _Step:
+    """The plan while it grows, with what is left of the step's token budgets."""
+
+    def __init__(self, settings: EngineSettings, max_scored_tokens: int) -> None:
+        self._tokens = settings.max_num_batched_tokens
+        self._prefill_beside_decode = settings.max_prefill_tokens_beside_decode
+        self._scored = max_scored_tokens
+        self._prefill_used = 0
+        self._decodes = False
+        self.chunks: dict[Sequence, Chunk] = {}
+        self.preempted: list[Sequence] = []
+
+    def affordable(self, sequence: Sequence) -> int:
+        """How many of the sequence's pending tokens the budgets still allow; 0 for none."""
+        if sequence.num_pending == 1:
+            return min(1, self._tokens)
+        limits = [sequence.num_pending, self._tokens]
+        if self._decodes:
+            limits.append(self._prefill_beside_decode - self._prefill_used)
+        if sequence.scores_prompt:
+            limits.append(self._scored)
+        return max(min(limits), 0)
+
+    def take(self, sequence: Sequence, length: int) -> None:
+        chunk = _chunk(sequence, length)
+        self.chunks[sequence] = chunk
+        self._tokens -= length
+        self._scored -= len(chunk.scored)
+        if sequence.num_pending == 1:
+            self._decodes = True
+        else:
+            self._prefill_used += length
+
+    def drop(self, victim: Sequence) -> None:
+        self.chunks.pop(victim, None)
+        self.preempted.append(victim)
+
+
+def _chunk(sequence: Sequence, length: int) -> Chunk:
+    start, stop = sequence.num_computed, sequence.num_computed + length
+    scored = range(0)
+    if sequence.scores_prompt:
+        # Position p predicts token p + 1; the last prompt token predicts the first output token.
+        first, last = max(start, sequence.num_scored), min(stop, sequence.num_prompt_tokens - 1)
+        scored = range(first, max(first, last))
+    return Chunk(
+        sequence, start, length, samples=stop == sequence.num_tokens and sequence.max_tokens > 0, scored=scored
+    )
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

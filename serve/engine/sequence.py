@@ -1,0 +1,59 @@
+"""One choice of one request on its way through the engine: its tokens, and how many of them are in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serve.generation import SamplingParams
+
+__all__ = ["Sequence"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and output tokens of one choice. The first `num_computed` of them have their keys and values in `blocks`.
+
+    What remains is computed next: a whole prompt, one new token, or, after a preemption, prompt and output again.
+    """
+
+    request_id: str
+    choice_index: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int
+    """Output tokens after which it ends, resolved against the context."""
+    arrival: int
+    priority: int = 0
+    submitted_s: float = 0.0
+
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_scored: int = 0
+    """Prompt positions whose logits have been turned into prompt logprobs."""
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    running_when_scheduled: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower is served first and preempted last."""
+        return self.priority, self.arrival
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not computed: 1 while it decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt logprobs are asked for: choices of one request share those of the first."""
+        return self.params.prompt_logprobs is not None and self.choice_index == 0
