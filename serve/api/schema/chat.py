@@ -62,7 +62,7 @@ class Conversation(Body):
 class ChatBody(GenerationBody, Conversation):
     kind = "chatcmpl"
 
-    max_tokens: OutputTokens | None = Field(default=None, deprecated=True)
+    max_tokens: OutputTokens | None = Field(default=None, json_schema_extra={"deprecated": True})
     max_completion_tokens: OutputTokens | None = Field(
         default=None, description="Absent: as many as the context allows. Goes before `max_tokens`."
     )
