@@ -79,6 +79,11 @@ class GroupedLinear(CompressedLinear):
     def storage(self) -> Storage:
         return self._plain
 
+    @property
+    def kernel(self) -> str:
+        tiled = f"int{self.grid.bits} tiles + GEMM"
+        return tiled if self._kernel_grid is None else f"torch int4pack (tiles + GEMM above {KERNEL_BATCH} rows)"
+
     def dequantize(self) -> Tensor:
         return self.to_weight().dequantize()
 
