@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loadtest.errors import SettingsError, WorkerError
-from loadtest.frames import Assignment, Failed, Health, Ready, Start, Stop, pack, unpack
+from loadtest.frames import Assignment, Failed, Finished, Health, Ready, Start, Stop, pack, unpack
 from loadtest.record import Capture, Record, read
 from loadtest.settings import Load, Settings
 
@@ -75,13 +75,18 @@ class Fleet:
 
     async def _read(self, child: asyncio.subprocess.Process) -> None:
         assert child.stdout is not None
+        received, finished = 0, None
         while (message := await unpack(child.stdout)) is not None:
             if isinstance(message, Capture):
+                received += 1
                 self.on_record(read(message, self.origin_s))
             elif isinstance(message, Health):
                 self.on_health(message)
-        if await child.wait() != 0:
-            self.problems.append(f"a generator process ended with status {child.returncode}; its share is incomplete")
+            elif isinstance(message, Finished):
+                finished = message.emitted
+        status = await child.wait()
+        if finished != received or status != 0:
+            self.problems.append(f"a generator process ended early, with status {status}; its share is incomplete")
 
     async def _stop_when(self, stop: asyncio.Event) -> None:
         await stop.wait()

@@ -57,6 +57,13 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """Worker -> parent, last: how many requests it handed over, so that none can get lost unnoticed."""
+
+    emitted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Worker -> parent: it cannot start, and why."""
 

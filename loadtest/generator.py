@@ -97,11 +97,14 @@ class Generator:
         self._assignment = assignment
         self._settings = settings
         self._load = assignment.load
-        self._emit = emit
+        self._hand_over = emit
+        self.emitted = 0
         self._workload = Workload(settings)
         self._client = Client(target_of(settings), settings.timeout, settings.keepalive)
         self._places = asyncio.Semaphore(max(1, settings.max_in_flight // assignment.processes))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._all_ended = asyncio.Event()
+        self._bug: BaseException | None = None
         self._origin_s = 0.0
         self._stopping = False
         self._sent = 0
@@ -117,10 +120,11 @@ class Generator:
         self._cpu_mark = (time.process_time(), time.monotonic())
         ticker = asyncio.create_task(self._tick())
         self._start(self._send_open() if self._load.is_open else self._send_closed())
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._all_ended.wait()
         ticker.cancel()
         self._client.close()
+        if self._bug is not None:
+            raise self._bug
 
     def stop(self) -> None:
         """Sends nothing more and gives up what is in flight."""
@@ -136,6 +140,10 @@ class Generator:
         lags_s, self._lags_s = self._lags_s, array("d")
         return Health(self._assignment.process, self._sent, self._in_flight, cpu_ratio, lags_s)
 
+    def _emit(self, capture: Capture) -> None:
+        self.emitted += 1
+        self._hand_over(capture)
+
     # how fast
 
     async def _send_open(self) -> None:
@@ -145,14 +153,14 @@ class Generator:
         for position, arrival in enumerate(share):
             conversation = self._workload.conversation(arrival)
             due_s = self._origin_s + arrival.at_s
-            await asyncio.sleep(due_s - time.monotonic())
+            await _sleep_until(due_s)
             number = position * self._assignment.processes + self._assignment.process
             warmup = number < self._load.warmup_requests or arrival.at_s < self._load.warmup_s
             self._start(self._converse(conversation, _Due(arrival.index, 0, due_s, warmup)))
 
     async def _send_closed(self) -> None:
         assert self._load.concurrency is not None
-        await asyncio.sleep(self._origin_s - time.monotonic())
+        await _sleep_until(self._origin_s)
         numbers: Iterator[int] = itertools.count(self._assignment.process, self._assignment.processes)
         if self._load.total_requests is not None:
             numbers = itertools.takewhile(lambda number: number < (self._load.total_requests or 0), numbers)
@@ -194,7 +202,7 @@ class Generator:
             assert exchange.ended_s is not None
             answers.append(answer_text(exchange))
             due = _Due(due.index, due.turn + 1, exchange.ended_s + self._settings.think_time, due.warmup)
-            await asyncio.sleep(due.at_s - time.monotonic())
+            await _sleep_until(due.at_s)
 
     async def _request(self, body: bytes, due: _Due) -> Capture:
         """Sends until answered, or until `retries` times of being told to come later are used up."""
@@ -239,7 +247,15 @@ class Generator:
             return
         task = asyncio.create_task(_swallow_cancel(work))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if (error := task.exception()) is not None:  # a bug of ours must not pass for a quiet server
+            self._bug = error
+            self.stop()
+        if not self._tasks:
+            self._all_ended.set()
 
     async def _tick(self) -> None:
         due_s = time.monotonic()
@@ -247,6 +263,13 @@ class Generator:
             due_s = max(due_s + TICK_S, time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
             self._lags_s.append(max(0.0, time.monotonic() - due_s))
+
+
+async def _sleep_until(due_s: float) -> None:
+    """Never early: an event loop may round a timer down, and a request sent before it is due would look too fast."""
+    await asyncio.sleep(due_s - time.monotonic())
+    while (left_s := due_s - time.monotonic()) > 0:  # noqa: ASYNC110 - the clock is what it waits for
+        await asyncio.sleep(left_s)
 
 
 async def _swallow_cancel(work: Coroutine[Any, Any, object]) -> None:

@@ -178,6 +178,8 @@ class Run:
         if self._status == "interrupted":
             waiting = sum(record.interrupted for record in records)
             notes.append(f"stopped early; {waiting} requests were in flight and are not judged")
+        if records and all(record.warmup for record in records):
+            notes.append(f"only the warm-up ran ({len(records)} requests); nothing was measured")
         done = [record for record in records if record.ok]
         uncounted = sum(record.usage_tokens is None for record in done)
         if uncounted:

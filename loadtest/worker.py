@@ -7,11 +7,10 @@ import asyncio
 import gc
 import os
 import sys
-from typing import Any
 
 from loadtest.errors import LoadTestError
 from loadtest.event_loop import new_event_loop, raise_descriptor_limit
-from loadtest.frames import Assignment, Failed, Ready, Start, Stop, pack, unpack
+from loadtest.frames import Assignment, Failed, Finished, Ready, Start, Stop, pack, unpack
 from loadtest.generator import Generator
 
 HEALTH_EVERY_S = 1.0
@@ -28,30 +27,33 @@ def main() -> None:
 
 async def _serve(results: int) -> None:
     orders = await _orders()
-    output = await _output(results)
+    output, written = await _output(results)
     assignment: Assignment = await unpack(orders)
     try:
         generator = Generator(assignment, emit=lambda capture: output.write(pack(capture)))
     except LoadTestError as error:
         output.write(pack(Failed(str(error))))
-        await _flush(output)
-        return
-    output.write(pack(Ready()))
-    start = await unpack(orders)
-    if isinstance(start, Start):
-        gc.collect()
-        gc.freeze()  # what is loaded now stays: the collector need not walk it while timestamps are taken
-        await _run(generator, start, orders, output)
-    await _flush(output)
+    else:
+        output.write(pack(Ready()))
+        start = await unpack(orders)
+        if isinstance(start, Start):
+            gc.collect()
+            gc.freeze()  # what is loaded now stays: the collector need not walk it while timestamps are taken
+            await _run(generator, start, orders, output)
+    output.close()
+    await written
 
 
-async def _run(generator: Generator, start: Start, orders: asyncio.StreamReader, output: Any) -> None:
+async def _run(
+    generator: Generator, start: Start, orders: asyncio.StreamReader, output: asyncio.WriteTransport
+) -> None:
     watch = asyncio.create_task(_stop_when_told(generator, orders))
     pulse = asyncio.create_task(_report_health(generator, output))
     await generator.run(start.origin_s)
     watch.cancel()
     pulse.cancel()
     output.write(pack(generator.health()))
+    output.write(pack(Finished(generator.emitted)))
 
 
 async def _stop_when_told(generator: Generator, orders: asyncio.StreamReader) -> None:
@@ -73,16 +75,22 @@ async def _orders() -> asyncio.StreamReader:
     return reader
 
 
-async def _output(results: int) -> asyncio.WriteTransport:
+async def _output(results: int) -> tuple[asyncio.WriteTransport, asyncio.Future[None]]:
+    """Where frames go, and a future that is done when all of them went, after `close`."""
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.connect_write_pipe(asyncio.Protocol, os.fdopen(results, "wb", buffering=0))
-    return transport
+    written = loop.create_future()
+    transport, _ = await loop.connect_write_pipe(lambda: _Ending(written), os.fdopen(results, "wb", buffering=0))
+    return transport, written
 
 
-async def _flush(output: asyncio.WriteTransport) -> None:
-    while output.get_write_buffer_size() and not output.is_closing():  # noqa: ASYNC110 - no event tells it
-        await asyncio.sleep(0.005)
-    output.close()
+class _Ending(asyncio.Protocol):
+    """Tells when the pipe is closed, which is after everything was written."""
+
+    def __init__(self, written: asyncio.Future[None]) -> None:
+        self._written = written
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._written.set_result(None)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,11 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """One request and its answer; whether the connection may be used again."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    first = await reader.readexactly(1)
+    if not first.isalpha():  # not HTTP: a TLS handshake, most likely
+        plain(writer, 400, "{}")
+        return False
+    head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     method, path, _ = head[0].split(" ")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
     content = await reader.readexactly(int(headers.get("content-length", 0)))
