@@ -36,8 +36,9 @@ MAX_TOKEN_ID: Final = 2**31 - 1
 class Limits:
     """What a request may cost before it is understood.
 
-    body_elements: commas in a body, which bound the elements of its lists and objects; a long prompt of token ids must
-        fit. write_timeout_s: how long a client may leave an answer unread before it counts as gone.
+    body_elements: commas and opening brackets in a body, which bound what its lists and objects hold together; a long
+        prompt of token ids must fit. 300,000 parse in at most 0.2 s on one core.
+    write_timeout_s: how long a client may leave an answer unread before it counts as gone.
     """
 
     body_bytes: int = 8 * 1024 * 1024

@@ -18,12 +18,14 @@ from serve.errors import InvalidRequest, RequestTimeout, RequestTooLarge
 __all__ = ["read_json"]
 
 _HEAD_BYTES: Final = 64 * 1024
+_MARKS: Final = (b",", b"[", b"{")
+"""One for every element of a list or an object, and one for every list or object."""
 
 
 async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     """The body as a JSON object. Raises `InvalidRequest`, `RequestTooLarge` or `RequestTimeout`, never for a field."""
     body = await _read(request, limits)
-    if body.count(b",") > limits.body_elements:
+    if sum(map(body.count, _MARKS)) > limits.body_elements:
         raise _too_many_elements(body, limits)
     try:
         parsed = from_json(body, allow_inf_nan=False, cache_strings="keys")

@@ -91,8 +91,13 @@ def _invalid(error: ErrorDetails) -> InvalidRequest:
 
 def _param(location: tuple[int | str, ...]) -> str:
     """`("messages", 0, "content")` as the client would write it: `messages[0].content`."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in location)
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{_one_line(part)}" for part in location)
     return path.removeprefix(".")
+
+
+def _one_line(key: str) -> str:
+    """A key as it is, or escaped: clients invent the keys of mappings."""
+    return key[:64] if key.isprintable() else ascii(key[:64])
 
 
 def _got(value: object) -> str:

@@ -50,7 +50,11 @@ def _null_is_false(value: object) -> object:
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenCount = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Flag = Annotated[bool, BeforeValidator(_null_is_false)]
+Flag = Annotated[
+    bool,
+    BeforeValidator(_null_is_false),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]}),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[
     dict[int, float],
