@@ -23,10 +23,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve.errors import HalftoneError
+from serve.errors import HalftoneError, VariantUnavailable
 from serve.generation import Delta, Event, Failure, GenerationRequest, PromptDelta
 
-__all__ = ["Inbox", "Mailbox", "Outbox", "Parcel", "fold"]
+__all__ = ["Inbox", "Mailbox", "Outbox", "Parcel", "ReplicaDied", "fold"]
+
+class ReplicaDied(VariantUnavailable):
+    """The replica went away under a request. Before its first token the request may be tried elsewhere."""
+
 
 _FOLD_AT = 256
 """Events that a slow reader may leave lying before they are merged, one per choice."""
@@ -119,6 +123,7 @@ class Mailbox:
         self._unfinished = {request.request_id: request.n for request in requests}
         self._opened: set[str] = set()
         self._begun: set[str] = set()
+        self._ends = {request.request_id: asyncio.Event() for request in requests}
         self._observe = observe
         self._events: deque[Event] = deque()
         self._bell = asyncio.Event()
@@ -126,6 +131,19 @@ class Mailbox:
     @property
     def unfinished(self) -> frozenset[str]:
         return frozenset(self._unfinished)
+
+    async def ended(self, request_id: str) -> None:
+        """Wait for the last event of one request to arrive."""
+        await self._ends[request_id].wait()
+
+    def close(self) -> frozenset[str]:
+        """The reader has gone: take nothing more. Which requests that cuts short."""
+        unfinished = self.unfinished
+        for request_id in unfinished:
+            self._end(request_id)
+        self._events.clear()
+        self._bell.set()
+        return unfinished
 
     def has_begun(self, request_id: str) -> bool:
         """Tokens of it have come: it can no longer begin again unseen."""
@@ -150,7 +168,11 @@ class Mailbox:
         if left:
             self._unfinished[event.request_id] = left
         else:
-            del self._unfinished[event.request_id]
+            self._end(event.request_id)
+
+    def _end(self, request_id: str) -> None:
+        del self._unfinished[request_id]
+        self._ends[request_id].set()
 
     async def take(self) -> Event | None:
         """The next event; None after the last."""

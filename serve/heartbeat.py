@@ -1,0 +1,101 @@
+"""What the processes tell one another about once a second: replicas and ingresses report, the controller answers.
+
+Everything here is a plain frozen value. Reports are cumulative, so one that is lost is made good by the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from serve.metrics import Snapshot
+from serve.rollout import Batch, Split
+
+__all__ = ["IngressBeat", "ReplicaBeat", "State", "VariantState", "View", "serving"]
+
+State = Literal["loading", "ready", "failed"]
+
+
+@dataclass(frozen=True)
+class ReplicaBeat:
+    """One replica about itself. `process` is new at every start; `leaving` is its last word."""
+
+    process: str
+    variant: str
+    state: State
+    stage: str = ""
+    """What it is doing while it loads, for the terminal."""
+    progress: float = 0.0
+    reason: str | None = None
+    """Why it failed."""
+    context_length: int | None = None
+    fingerprint: str | None = None
+    report: Mapping[str, Any] | None = None
+    """How it was loaded; sent once, and again when the controller asks."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Resident bytes by component, now."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    leaving: bool = False
+
+
+@dataclass(frozen=True)
+class IngressBeat:
+    """One ingress: what its requests left behind, and the split it knows, which a new controller may have forgotten."""
+
+    process: str
+    batch: Batch
+    snapshot: Snapshot
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class VariantState:
+    """One variant as all its replicas make it: ready if one of them is."""
+
+    name: str
+    precision: str
+    state: State = "loading"
+    stage: str = ""
+    progress: float = 0.0
+    reason: str | None = None
+    context_length: int | None = None
+    fingerprint: str | None = None
+    ready_replicas: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """What the controller knows, whole: an ingress needs nothing else to route."""
+
+    split: Split
+    variants: tuple[VariantState, ...]
+
+    @property
+    def settled(self) -> bool:
+        """Every variant has loaded or failed."""
+        return all(variant.state != "loading" for variant in self.variants)
+
+    def serving(self) -> Split | None:
+        return serving(self.split, {variant.name for variant in self.variants if variant.state == "ready"})
+
+
+def serving(split: Split, ready: set[str]) -> Split | None:
+    """The split as it can be dealt right now; None if nobody who should get traffic is ready.
+
+    The weight of an absent variant falls to the stable one, so that nobody else's users move. Without the stable one
+    the rest divide all traffic in proportion, and the heaviest stands in for it. A weight of zero never serves.
+    """
+    if all(name in ready for name, weight in split.weights.items() if weight):
+        return split
+    weights = {name: weight if name in ready else 0.0 for name, weight in split.weights.items()}
+    present = math.fsum(weights.values())
+    if split.stable in ready:
+        return replace(split, weights={**weights, split.stable: weights[split.stable] + 100.0 - present})
+    if not present:
+        return None
+    heaviest = max(weights, key=weights.__getitem__)
+    canary = None if split.canary == heaviest else split.canary
+    dealt = {name: 100.0 * weight / present for name, weight in weights.items()}
+    return replace(split, stable=heaviest, canary=canary, weights=dealt)

@@ -1,0 +1,331 @@
+"""Traffic: which variant answers a call, over which stream, and what the answer leaves behind.
+
+The router is the rim's `Backend`. It knows the variants as `Link`s and the controller as a `Control`, two small seams
+that `serve.remote` fills with Ray handles and the tests with fakes. It knows no Ray, no HTTP and no model.
+
+    start(call)  ->  pin or deal  ->  one task per prompt drives a stream  ->  Inbox  ->  Mailbox  ->  Answer.events
+                                                                                            |
+                                                     once a second to the controller  <-  Journal (metrics, outcomes)
+
+A stream that carries is never cancelled: it may hold other requests' tokens. Whoever gives up asks the replica to
+abort, and the stream runs out by itself, in a task that belongs to the router and not to the HTTP request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any, Protocol
+from uuid import uuid4
+
+from serve.api.backend import Call, ModelCard, Tokenized
+from serve.errors import (
+    ConfigError,
+    GenerationFailed,
+    HalftoneError,
+    InvalidRequest,
+    UnknownModel,
+    VariantUnavailable,
+)
+from serve.generation import Disclosure, Event, GenerationRequest, Prompt
+from serve.heartbeat import IngressBeat, VariantState, View
+from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
+from serve.journal import Journal, Trace
+from serve.rollout import Assignment, Split, assign
+
+__all__ = ["Control", "Link", "RoutedAnswer", "Router"]
+
+_LOG = logging.getLogger(__name__)
+_BEAT_S = 1.0
+_LATE_S = 5.0
+"""How long the last events of a request may lag behind the end of its stream, carried by another."""
+_LOADING_RETRY_S = 5.0
+_FAILED_RETRY_S = 60.0
+
+
+class Link(Protocol):
+    """One variant, from afar. Raises HalftoneErrors alone; `ReplicaDied` where a replica broke under the request."""
+
+    def generate(self, request: GenerationRequest, channel: str) -> AsyncIterator[Parcel]: ...
+
+    async def abort(self, request_ids: Sequence[str]) -> None: ...
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized: ...
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str: ...
+
+
+class Control(Protocol):
+    """The controller, from afar."""
+
+    async def ingress(self, beat: IngressBeat) -> View: ...
+
+    async def set_traffic(self, weights: Mapping[str, float]) -> View: ...
+
+    async def metrics(self, beat: IngressBeat) -> str: ...
+
+    async def variants(self) -> Sequence[Mapping[str, Any]]: ...
+
+
+class Router:
+    """Implements `serve.api.backend.Backend` for one ingress process. All methods on one event loop."""
+
+    def __init__(self, model_name: str, links: Mapping[str, Link], control: Control, name: str | None = None) -> None:
+        self._model_name = model_name
+        self._links = links
+        self._control = control
+        self._name = name or uuid4().hex[:12]
+        self._view: View | None = None
+        self._serving: Split | None = None
+        self._inbox = Inbox(self._name)
+        self._journal = Journal(model_name, self._name)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Life
+
+    def open(self) -> None:
+        """Begin to exchange reports with the controller."""
+        self._spawn(self._beat_for_ever())
+
+    async def close(self) -> None:
+        """Stop all tasks; streams that are still open break."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def beat(self) -> None:
+        """One exchange with the controller. Raises HalftoneError if it does not answer."""
+        report = self._report()
+        self._see(await self._control.ingress(report))
+        self._journal.acknowledge(report.batch)
+
+    @property
+    def open_requests(self) -> int:
+        return self._inbox.open_requests
+
+    # What the rim asks
+
+    def models(self) -> Sequence[ModelCard]:
+        states = self._view.variants if self._view else ()
+        stable = next((state for state in states if self._view and state.name == self._view.split.stable), None)
+        whole = ModelCard(
+            id=self._model_name,
+            state="ready" if self._serving else "failed" if self._view and self._view.settled else "loading",
+            context_length=stable.context_length if stable else None,
+        )
+        return [whole, *(self._card(state) for state in states)]
+
+    def ready(self) -> bool:
+        return self._view is not None and self._view.settled and self._serving is not None
+
+    async def start(self, call: Call) -> RoutedAnswer:
+        try:
+            state, assignment = self._route(call)
+        except HalftoneError as error:
+            self._journal.refused(error)
+            raise
+        trace = self._journal.open(call, state, assignment, self._known().split)
+        answer = RoutedAnswer(self, self._links[state.name], call, _disclosure(state, assignment), trace)
+        for request in call.requests:
+            self._inbox.open(request.request_id, answer.mailbox)
+            self._spawn(self._drive(request, self._links[state.name], answer.mailbox))
+        return answer
+
+    async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
+        return await self._any_link(model).tokenize(prompt, add_special_tokens)
+
+    async def detokenize(self, model: str, ids: tuple[int, ...]) -> str:
+        return await self._any_link(model).detokenize(ids)
+
+    async def metrics(self) -> str:
+        return await self._control.metrics(self._report())
+
+    async def variants(self) -> Sequence[Mapping[str, Any]]:
+        return await self._control.variants()
+
+    async def traffic(self) -> Mapping[str, Any]:
+        return self._known().split.to_dict()
+
+    async def set_traffic(
+        self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None
+    ) -> Mapping[str, Any]:
+        if shadow:
+            raise ConfigError("shadow", "this server mirrors no traffic; leave it out")
+        self._see(await self._control.set_traffic(weights))
+        return await self.traffic()
+
+    # Whom to ask
+
+    def _route(self, call: Call) -> tuple[VariantState, Assignment | None]:
+        if (pin := self._pin(call)) is not None:
+            return self._require(pin), None
+        assignment = assign(self._dealt(), call.sticky_key, call.requests[0].request_id)
+        return self._require(assignment.variant), assignment
+
+    def _pin(self, call: Call) -> str | None:
+        """The variant that the call names, in `model` or in the header; None deals it."""
+        name, at, variant = call.model.partition("@")
+        if name != self._model_name:
+            raise UnknownModel(f"model {_shown(call.model)} is not served here; served: {self._served()}")
+        if at:
+            self._require_known(variant, f"model {_shown(call.model)}", "model")
+        if call.pin is not None:
+            self._require_known(call.pin, f"variant {_shown(call.pin)}", "x-halftone-variant")
+            if at and variant != call.pin:
+                raise InvalidRequest(
+                    f"model asks for variant {variant!r} and the header x-halftone-variant for {call.pin!r}; "
+                    "name one of them",
+                    param="model",
+                )
+        return variant if at else call.pin
+
+    def _require_known(self, variant: str, asked: str, param: str) -> None:
+        if variant not in self._links:
+            raise UnknownModel(f"{asked} is not served here; served: {self._served()}", param=param)
+
+    def _served(self) -> str:
+        return ", ".join([self._model_name, *(f"{self._model_name}@{name}" for name in self._links)])
+
+    def _known(self) -> View:
+        if self._view is None:
+            raise VariantUnavailable("the server is starting; try again shortly", retry_after_s=_LOADING_RETRY_S)
+        return self._view
+
+    def _dealt(self) -> Split:
+        view = self._known()
+        if self._serving is None:
+            told = "; ".join(_why(state) for state in view.variants if view.split.weights.get(state.name))
+            wait_s = _FAILED_RETRY_S if view.settled else _LOADING_RETRY_S
+            raise VariantUnavailable(f"no variant that gets traffic is ready: {told}", retry_after_s=wait_s)
+        return self._serving
+
+    def _require(self, variant: str) -> VariantState:
+        state = next(state for state in self._known().variants if state.name == variant)
+        if state.state != "ready":
+            wait_s = _FAILED_RETRY_S if state.state == "failed" else _LOADING_RETRY_S
+            raise VariantUnavailable(_why(state), retry_after_s=wait_s)
+        return state
+
+    def _any_link(self, model: str) -> Link:
+        """Any variant will do for text: all share one tokenizer."""
+        pin = self._pin(Call(model, ()))
+        return self._links[self._require(pin).name if pin else self._dealt().stable]
+
+    def _card(self, state: VariantState) -> ModelCard:
+        return ModelCard(
+            id=f"{self._model_name}@{state.name}",
+            state=state.state,
+            variant=state.name,
+            precision=state.precision,
+            context_length=state.context_length,
+            fingerprint=state.fingerprint,
+            reason=state.reason,
+        )
+
+    # How it is answered
+
+    async def _drive(self, request: GenerationRequest, link: Link, mailbox: Mailbox) -> None:
+        """See one request through to its end, whether anybody still reads or not."""
+        request_id = request.request_id
+        try:
+            try:
+                await self._stream(request, link)
+            except ReplicaDied:
+                if mailbox.has_begun(request_id) or request_id not in mailbox.unfinished:
+                    raise
+                self._inbox.reassign(request_id)
+                await self._stream(request, link)
+            await self._settle(request_id, mailbox)
+        except HalftoneError as error:
+            self._inbox.fail(request_id, error)
+        finally:
+            self._inbox.close(request_id)
+
+    async def _stream(self, request: GenerationRequest, link: Link) -> None:
+        async for parcel in link.generate(request, self._inbox.channel):
+            self._inbox.accept(parcel)
+
+    async def _settle(self, request_id: str, mailbox: Mailbox) -> None:
+        """The stream has ended; its last events may still be on their way in another."""
+        try:
+            async with asyncio.timeout(_LATE_S):
+                await mailbox.ended(request_id)
+        except TimeoutError as error:
+            self._inbox.renew()
+            raise GenerationFailed("the end of the answer was lost on its way from the replica") from error
+
+    def abandon(self, link: Link, mailbox: Mailbox) -> None:
+        """Nobody reads any more: abort what is unfinished."""
+        if unfinished := mailbox.close():
+            self._spawn(self._abort(link, sorted(unfinished)))
+
+    async def _abort(self, link: Link, request_ids: Sequence[str]) -> None:
+        try:
+            await link.abort(request_ids)
+        except HalftoneError as error:
+            _LOG.warning("could not abort %d requests: %s", len(request_ids), error.message)
+
+    # The controller
+
+    def _report(self) -> IngressBeat:
+        split = self._view.split if self._view else None
+        return IngressBeat(self._name, self._journal.batch(), self._journal.snapshot(), split)
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            try:
+                await self.beat()
+            except HalftoneError as error:
+                _LOG.warning("the controller does not answer; the last split stays in force: %s", error.message)
+            await asyncio.sleep(_BEAT_S)
+
+    def _see(self, view: View) -> None:
+        """A split is only ever replaced by a newer one: answers may overtake one another."""
+        if self._view and view.split.revision < self._view.split.revision:
+            return
+        self._view = view
+        self._serving = view.serving()
+        self._journal.declare(view.variants)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # An empty context: Ray Serve cancels the children of an HTTP request that it finds in the context.
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class RoutedAnswer:
+    """One call under way (`serve.api.backend.Answer`)."""
+
+    def __init__(self, router: Router, link: Link, call: Call, disclosure: Disclosure, trace: Trace) -> None:
+        self._router = router
+        self._link = link
+        self._trace = trace
+        self.disclosure = disclosure
+        self.mailbox = Mailbox(call.requests, trace.observe)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        while (event := await self.mailbox.take()) is not None:
+            yield event
+
+    async def cancel(self) -> None:
+        self._trace.left()
+        self._router.abandon(self._link, self.mailbox)
+
+
+def _disclosure(state: VariantState, assignment: Assignment | None) -> Disclosure:
+    route = assignment.route if assignment else "pinned"
+    return Disclosure(state.name, state.precision, route, state.fingerprint or "")
+
+
+def _why(state: VariantState) -> str:
+    if state.state == "failed":
+        return f"variant {state.name!r} could not be loaded: {state.reason}"
+    return f"variant {state.name!r} is {state.state}; try again shortly"
+
+
+def _shown(name: str) -> str:
+    """A client's word in a message: quoted, and never longer than a line."""
+    return repr(name if len(name) <= 100 else f"{name[:100]}...")
