@@ -28,6 +28,7 @@ from serve.generation import Delta, Event, Failure, GenerationRequest, PromptDel
 
 __all__ = ["Inbox", "Mailbox", "Outbox", "Parcel", "ReplicaDied", "fold"]
 
+
 class ReplicaDied(VariantUnavailable):
     """The replica went away under a request. Before its first token the request may be tried elsewhere."""
 

@@ -20,7 +20,7 @@ from serve.hop import ReplicaDied
 from serve.metrics import Recorder, Snapshot, VariantLabels
 from serve.rollout import Assignment, Batch, Outcome, Split, unit_hash
 
-__all__ = ["Journal", "Trace"]
+__all__ = ["Journal", "Trace", "code_of"]
 
 _KEPT_RECORDS = 8192
 _COUNTED_HERE = (
@@ -67,9 +67,9 @@ class Journal:
         self.keep(outcome)
         return Trace(self, self._recorder, self._labels(state), call, outcome)
 
-    def refused(self, error: HalftoneError) -> None:
+    def refused(self, code: str) -> None:
         """A call that came to no variant."""
-        self._recorder.add(metrics.ERRORS, VariantLabels(self._model_name, "", ""), 1, code_of(error))
+        self._recorder.add(metrics.ERRORS, VariantLabels(self._model_name, "", ""), 1, code)
 
     def keep(self, outcome: Outcome) -> None:
         self._unsent[outcome.record] = outcome

@@ -32,7 +32,7 @@ from serve.errors import (
 from serve.generation import Disclosure, Event, GenerationRequest, Prompt
 from serve.heartbeat import IngressBeat, VariantState, View
 from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
-from serve.journal import Journal, Trace
+from serve.journal import Journal, Trace, code_of
 from serve.rollout import Assignment, Split, assign
 
 __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
@@ -124,7 +124,7 @@ class Router:
         try:
             state, assignment = self._route(call)
         except HalftoneError as error:
-            self._journal.refused(error)
+            self._journal.refused(code_of(error))
             raise
         trace = self._journal.open(call, state, assignment, self._known().split)
         answer = RoutedAnswer(self, self._links[state.name], call, _disclosure(state, assignment), trace)
@@ -132,6 +132,9 @@ class Router:
             self._inbox.open(request.request_id, answer.mailbox)
             self._spawn(self._drive(request, self._links[state.name], answer.mailbox))
         return answer
+
+    def refused(self, status: int) -> None:
+        self._journal.refused(f"http_{status}")
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
         return await self._any_link(model).tokenize(prompt, add_special_tokens)

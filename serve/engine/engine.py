@@ -103,6 +103,11 @@ class Engine:
         """Begin to serve."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """False once its thread has ended, of itself or by `close`."""
+        return self._thread.is_alive()
+
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request whose prompt is token ids.
 

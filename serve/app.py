@@ -1,0 +1,188 @@
+"""The Ray Serve application on one page: an ingress, one deployment per variant, one controller.
+
+                      +--> variant bf16   \\
+    HTTP --> ingress -+--> variant int8    >--> controller
+                      +--> variant nf4    /        ^
+                      +----------------------------+
+
+`import_path: serve.app:build` with `args: {config: FILE or the mapping itself}` is all that a Serve YAML needs. There
+the HTTP comes through Serve's proxy. `halftone serve` passes `listen: {host, port}` instead: the ingress then answers
+on that port itself, one hop less, with no proxy of Serve's whose own routes would stand open beside ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve as rayserve
+from ray.serve import Application
+
+from serve.config import Config, default_config, load_config, parse_config
+from serve.errors import ConfigError
+from serve.generation import GenerationRequest, Prompt
+from serve.heartbeat import IngressBeat, ReplicaBeat, View
+from serve.hop import Parcel
+from serve.remote import Handle
+from serve.variant import Variant
+
+__all__ = ["APP_NAME", "build", "graph"]
+
+APP_NAME = "halftone"
+_LONGEST_STREAM_S = 600.0
+"""How long a replica that must go may still finish its streams."""
+_INGRESS_STREAMS = 4096
+
+
+def build(args: dict[str, Any]) -> Application:
+    """What Serve calls, on a machine of the cluster. Raises ConfigError."""
+    unknown = set(args) - {"config", "listen"}
+    if unknown:
+        raise ConfigError("args", f"unknown key {min(unknown)!r}; allowed: config, listen")
+    given = args.get("config")
+    config = (
+        parse_config(given) if isinstance(given, Mapping) else load_config(Path(given)) if given else default_config()
+    )
+    resources = ray.cluster_resources()
+    return graph(config.resolved(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0)), args.get("listen"))
+
+
+def graph(config: Config, listen: Mapping[str, Any] | None = None) -> Application:
+    """The deployments of a configuration, bound to one another, every "auto" decided for the cluster at hand."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    config = config.resolved(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0))
+    controller = _controller.bind(config)
+    variants = {v.name: _variant_deployment(v).bind(config.model_name, v, controller) for v in config.variants}
+    application: Application = _ingress.bind(config, variants, controller, dict(listen) if listen else None)
+    return application
+
+
+def _variant_deployment(variant: Variant) -> Any:
+    engine, resources = variant.engine, variant.resources
+    return _deployment(_VariantDeployment).options(
+        name=f"variant-{variant.name}",
+        num_replicas=resources.replicas,
+        ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
+        # The engine's own queue is the one that counts, and it says no; Ray's stands behind it as the last bound.
+        max_ongoing_requests=engine.max_num_seqs + engine.max_queue,
+        max_queued_requests=engine.max_queue,
+        # The new replica loads beside the old one, which serves until it is replaced.
+        max_surge_percent=100,
+    )
+
+
+class _VariantDeployment:
+    """`serve.replica.Replica`, as Ray sees it."""
+
+    async def __init__(self, model_name: str, variant: Variant, controller: Handle) -> None:  # type: ignore[misc]
+        from serve.remote import RemoteController
+        from serve.replica import Replica
+
+        process = rayserve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(model_name, variant, RemoteController(controller).replica, process)
+        await self._replica.open()
+
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+        async for parcel in self._replica.generate(request, channel):
+            yield parcel
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        await self._replica.abort(request_ids)
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> object:
+        return await self._replica.tokenize(prompt, add_special_tokens)
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        return await self._replica.detokenize(ids)
+
+    async def check_health(self) -> None:
+        self._replica.check_health()
+
+    async def __del__(self) -> None:  # Serve awaits it
+        await self._replica.close()
+
+
+class _ControllerDeployment:
+    """`serve.controller.Controller`, as Ray sees it: all on one event loop."""
+
+    def __init__(self, config: Config) -> None:
+        from serve.controller import Controller
+
+        self._controller = Controller(config)
+
+    async def replica(self, beat: ReplicaBeat) -> bool:
+        return self._controller.replica(beat)
+
+    async def ingress(self, beat: IngressBeat) -> View:
+        return self._controller.ingress(beat)
+
+    async def view(self) -> View:
+        return self._controller.view()
+
+    async def set_traffic(self, weights: Mapping[str, float]) -> View:
+        return self._controller.set_traffic(weights)
+
+    async def metrics(self, beat: IngressBeat) -> str:
+        return self._controller.metrics(beat)
+
+    async def variants(self) -> list[dict[str, Any]]:
+        return self._controller.variants()
+
+
+@rayserve.ingress()
+class _IngressDeployment:
+    """The rim (`serve.api`) over the router. It never loads torch."""
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: Config,
+        variants: Mapping[str, Handle],
+        controller: Handle,
+        listen: Mapping[str, Any] | None,
+    ) -> None:
+        from serve.api.app import create_app
+        from serve.listener import Listener
+        from serve.remote import RemoteController, RemoteVariant
+        from serve.router import Router
+
+        links = {name: RemoteVariant(name, handle) for name, handle in variants.items()}
+        self._router = Router(config.model_name, links, RemoteController(controller))
+        self._app = create_app(self._router, config.api)
+        self._router.open()
+        self._listener = Listener(self._app, **listen) if listen else None
+        if self._listener:
+            await self._listener.open()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new connections and wait for the open answers, at most so long."""
+        if self._listener:
+            await self._listener.close(timeout_s)
+
+    async def __del__(self) -> None:  # Serve awaits it
+        await self.drain(0.0)
+        await self._router.close()
+
+
+_deployment: Callable[..., Any] = partial(
+    rayserve.deployment,
+    health_check_period_s=5.0,
+    health_check_timeout_s=30.0,
+    graceful_shutdown_wait_loop_s=0.5,
+    graceful_shutdown_timeout_s=_LONGEST_STREAM_S,
+)
+_controller = _deployment(
+    _ControllerDeployment, name="controller", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+)
+_ingress = _deployment(
+    _IngressDeployment,
+    name="ingress",
+    max_ongoing_requests=_INGRESS_STREAMS,
+    max_queued_requests=_INGRESS_STREAMS,
+    ray_actor_options={"num_cpus": 0.1},
+)

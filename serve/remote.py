@@ -1,0 +1,117 @@
+"""Variants and the controller through Ray Serve's handles, and the one place where Ray's exceptions become ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
+
+from serve.api.backend import Tokenized
+from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
+from serve.generation import GenerationRequest, Prompt
+from serve.heartbeat import IngressBeat, ReplicaBeat, View
+from serve.hop import Parcel, ReplicaDied
+
+__all__ = ["Handle", "RemoteController", "RemoteVariant", "as_halftone"]
+
+_LOG = logging.getLogger(__name__)
+_CONTROLLER_TIMEOUT_S = 5.0
+_CALL_TIMEOUT_S = 30.0
+Handle = Any
+"""A `ray.serve.handle.DeploymentHandle`: its methods are the deployment's, by name, which no type can say."""
+
+
+class RemoteVariant:
+    """One variant's deployment (`serve.router.Link`)."""
+
+    def __init__(self, name: str, handle: Handle) -> None:
+        self._name = name
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+        with _mapped(f"variant {self._name!r}"):
+            async for parcel in self._stream.generate.remote(request, channel):
+                yield parcel
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        with _mapped(f"variant {self._name!r}"):
+            await self._handle.broadcast("abort", list(request_ids)).results_async(timeout_s=_CALL_TIMEOUT_S)
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
+        answer: Tokenized = await self._call(self._handle.tokenize.remote(prompt, add_special_tokens))
+        return answer
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        answer: str = await self._call(self._handle.detokenize.remote(ids))
+        return answer
+
+    async def _call(self, response: Awaitable[Any]) -> Any:
+        with _mapped(f"variant {self._name!r}"):
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                return await response
+
+
+class RemoteController:
+    """The controller's deployment (`serve.router.Control`, and the `Report` of a replica)."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def replica(self, beat: ReplicaBeat) -> bool:
+        answer: bool = await self._call(self._handle.replica.remote(beat))
+        return answer
+
+    async def ingress(self, beat: IngressBeat) -> View:
+        answer: View = await self._call(self._handle.ingress.remote(beat))
+        return answer
+
+    async def set_traffic(self, weights: Mapping[str, float]) -> View:
+        answer: View = await self._call(self._handle.set_traffic.remote(dict(weights)))
+        return answer
+
+    async def metrics(self, beat: IngressBeat) -> str:
+        answer: str = await self._call(self._handle.metrics.remote(beat))
+        return answer
+
+    async def variants(self) -> Sequence[Mapping[str, Any]]:
+        answer: Sequence[Mapping[str, Any]] = await self._call(self._handle.variants.remote())
+        return answer
+
+    async def _call(self, response: Awaitable[Any]) -> Any:
+        with _mapped("the controller"):
+            async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
+                return await response
+
+
+@contextmanager
+def _mapped(who: str) -> Iterator[None]:
+    try:
+        yield
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise as_halftone(error, who) from error
+
+
+def as_halftone(error: Exception, who: str) -> HalftoneError:
+    """Ray's word for it in ours. An error that we raised on the other side comes back as itself."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, HalftoneError):
+        return error.cause
+    if isinstance(error, BackPressureError):
+        return Overloaded(f"{who} has as many requests as it can queue; try again shortly", retry_after_s=1.0)
+    if isinstance(error, RayActorError | ReplicaUnavailableError):
+        return ReplicaDied(f"a replica of {who} died while it answered; try again", retry_after_s=1.0)
+    if isinstance(error, DeploymentUnavailableError | TimeoutError):
+        return VariantUnavailable(f"{who} does not answer; try again shortly", retry_after_s=5.0)
+    if not isinstance(error, TaskCancelledError):
+        _LOG.error("%s failed", who, exc_info=error)
+    return GenerationFailed(f"{who} failed on this request; the server's log says why")

@@ -1,0 +1,301 @@
+"""One variant in one process: loads it, owns its engine, and hands the engine's events to the ingresses.
+
+Three parties share the process. The event loop answers calls and never computes. The engine's thread computes and calls
+back once per step. A worker thread loads the model and tokenizes. What cannot be loaded does not fall over: the replica
+stays up in state "failed", says why, and refuses requests by that reason, while the other variants serve.
+
+Knows no HTTP, no routing and no Ray; torch is first imported when loading begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from serve import metrics
+from serve.api.backend import Tokenized
+from serve.errors import GenerationFailed, HalftoneError, VariantUnavailable
+from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams
+from serve.heartbeat import ReplicaBeat, State
+from serve.hop import Outbox, Parcel
+from serve.metrics import Recorder, VariantLabels
+from serve.variant import Variant
+
+if TYPE_CHECKING:
+    from serve.engine.engine import Engine
+    from serve.engine.prompt import PromptEncoder
+    from serve.loading import LoadedModel
+
+__all__ = ["Replica"]
+
+_LOG = logging.getLogger(__name__)
+_BEAT_S = 1.0
+_LOADING_BEAT_S = 0.25
+_REMEMBERED_ABORTS = 4096
+
+Report = Callable[[ReplicaBeat], Awaitable[bool]]
+"""Tells the controller; True asks for the load report again. Raises HalftoneError where nobody answers."""
+
+
+class Replica:
+    """Serves one variant. All methods on one event loop; `process` names this process for good."""
+
+    def __init__(self, model_name: str, variant: Variant, report: Report, process: str) -> None:
+        self._variant = variant
+        self._report = report
+        self._process = process
+        self._labels = VariantLabels(model_name, variant.name, variant.precision)
+        self._state: State = "loading"
+        self._stage = ("start", 0.0)
+        self._reason: str | None = None
+        self._serving: _Serving | None = None
+        self._report_due = False
+        self._recorder = Recorder()
+        self._outboxes: dict[str, Outbox] = {}
+        self._outbox_of: dict[str, Outbox] = {}
+        self._aborted: deque[str] = deque(maxlen=_REMEMBERED_ABORTS)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Life
+
+    async def open(self) -> None:
+        """Load the variant and serve it, or learn why not. Returns in either case."""
+        self._loop = asyncio.get_running_loop()
+        self._spawn(self._beat_for_ever())
+        loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        await asyncio.wait([loading])
+        if (error := loading.exception()) is None:
+            self._serving = loading.result()
+            await self._warm_up()
+            self._state, self._report_due = "ready", True
+        else:
+            self._state, self._reason = "failed", _reason(error)
+            _LOG.error("variant %s cannot be served: %s", self._variant.name, self._reason, exc_info=error)
+        await self._beat()
+
+    async def close(self) -> None:
+        """End the engine and say goodbye. What is still open fails."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._serving:
+            await asyncio.to_thread(self._serving.close)
+        await self._say(replace(self._now(), leaving=True))
+
+    def check_health(self) -> None:
+        """Raise if the engine's thread has died: then only a new process helps."""
+        if self._serving and not self._serving.engine.is_alive:
+            raise GenerationFailed(f"the engine of variant {self._variant.name!r} has died")
+
+    # Calls
+
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+        """The stream of one request; it may carry the events of all requests of its channel (see `serve.hop`)."""
+        request_id = request.request_id
+        if request_id in self._aborted:
+            return
+        outbox = self._outboxes.setdefault(channel, Outbox(self._process, channel))
+        outbox.open(request)
+        self._outbox_of[request_id] = outbox
+        self._spawn(self._submit(request))
+        whole = False
+        try:
+            async for parcel in outbox.carry(request_id):
+                yield parcel
+            whole = True
+        finally:
+            del self._outbox_of[request_id]
+            if self._serving and not whole:
+                self._serving.engine.abort(request_id)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests now; one that has not come yet will be turned away. Unknown ones are another replica's."""
+        self._aborted.extend(request_ids)
+        for request_id in request_ids:
+            if self._serving:
+                self._serving.engine.abort(request_id)
+            if outbox := self._outbox_of.get(request_id):
+                outbox.close(request_id)
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
+        serving = self._require()
+        return await asyncio.to_thread(serving.tokenize, prompt, add_special_tokens)
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        serving = self._require()
+        return await asyncio.to_thread(serving.detokenize, ids)
+
+    def _require(self) -> _Serving:
+        if self._serving is None:
+            raise VariantUnavailable(f"variant {self._variant.name!r} is {self._state}: {self._reason or 'wait'}")
+        return self._serving
+
+    async def _submit(self, request: GenerationRequest) -> None:
+        """Tokenize, then hand over to the engine; what refuses the request becomes its one event."""
+        try:
+            serving = self._require()
+            ids = await asyncio.to_thread(serving.encode, request)
+            if request.request_id in self._outbox_of and request.request_id not in self._aborted:
+                serving.engine.submit(replace(request, prompt=ids))
+        except HalftoneError as error:
+            self._deliver([Failure(request.request_id, error)])
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        """One step's events, each to the outbox of its channel."""
+        by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
+        for event in events:
+            if outbox := self._outbox_of.get(event.request_id):
+                by_outbox[outbox].append(event)
+        for outbox, mine in by_outbox.items():
+            outbox.put(mine)
+
+    def _on_step(self, events: list[Event]) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._deliver, events)
+
+    # Loading, on a worker thread
+
+    def _load(self) -> _Serving:
+        # Idle OpenMP threads must sleep: variants share the cores, and a spinning one takes them from its neighbour.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        self._progress("import", 0, 1)
+        import torch
+
+        from serve.loading import load
+
+        if threads := self._variant.engine.threads:
+            torch.set_num_threads(threads)
+        loaded = load(self._variant.source, self._variant.recipe, device=self._variant.device, progress=self._progress)
+        return _Serving.of(loaded, self._variant, self._on_step)
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._stage = (stage, done / total if total else 0.0)
+
+    async def _warm_up(self) -> None:
+        """One short answer, so that the first client does not pay for what torch does once."""
+        self._stage = ("warm up", 0.0)
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        request = GenerationRequest("warm-up", (0, 0), params)
+        async for _ in self.generate(request, "warm-up"):
+            pass
+        del self._outboxes["warm-up"]
+
+    # Reports
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            await self._beat()
+            await asyncio.sleep(_LOADING_BEAT_S if self._state == "loading" else _BEAT_S)
+
+    async def _beat(self) -> None:
+        """The report travels until it has arrived once."""
+        with_report = self._report_due
+        wanted = await self._say(self._now())
+        if wanted is not None:
+            self._report_due = wanted if with_report else self._report_due or wanted
+
+    async def _say(self, beat: ReplicaBeat) -> bool | None:
+        try:
+            return await self._report(beat)
+        except HalftoneError as error:
+            _LOG.warning("the controller does not answer: %s", error.message)
+            return None
+
+    def _now(self) -> ReplicaBeat:
+        stage, progress = self._stage
+        beat = ReplicaBeat(self._process, self._variant.name, self._state, stage, progress, self._reason)
+        if self._serving is None or self._state != "ready":
+            return beat
+        memory = self._serving.memory()
+        self._record(self._serving, memory)
+        return replace(
+            beat,
+            context_length=self._serving.context_length,
+            fingerprint=self._serving.loaded.fingerprint,
+            report=self._serving.loaded.report.to_dict() if self._report_due else None,
+            memory=memory,
+            snapshot=self._recorder.snapshot(),
+        )
+
+    def _record(self, serving: _Serving, memory: Mapping[str, int]) -> None:
+        stats, report, labels = serving.engine.stats(), serving.loaded.report, self._labels
+        self._recorder.set(metrics.RUNNING, labels, stats.running)
+        self._recorder.set(metrics.WAITING, labels, stats.waiting)
+        self._recorder.set(metrics.KV_USAGE, labels, stats.kv_blocks_used / max(1, stats.kv_blocks_total))
+        self._recorder.set(metrics.PREEMPTIONS, labels, stats.preemptions)
+        self._recorder.set(metrics.PREFIX_QUERIES, labels, stats.prefix_cache_queries)
+        self._recorder.set(metrics.PREFIX_HITS, labels, stats.prefix_cache_hits)
+        self._recorder.set(metrics.PEAK_LOAD, labels, report.peak_load_bytes)
+        self._recorder.set(metrics.BITS, labels, report.bits_per_weight)
+        self._recorder.set(metrics.COMPRESSION, labels, report.compression_ratio)
+        for component, size in memory.items():
+            self._recorder.set(metrics.MEMORY, labels, size, component)
+        for stage, seconds in report.seconds.items():
+            self._recorder.set(metrics.LOAD, labels, seconds, stage)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Serving:
+    """A loaded model with its engine running. Its methods block."""
+
+    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder) -> None:
+        self.loaded = loaded
+        self.engine = engine
+        self._encoder = encoder
+        self._process = psutil.Process()
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None]) -> _Serving:
+        from serve.engine.engine import Engine
+        from serve.engine.prompt import PromptEncoder
+
+        engine = Engine(loaded.model, loaded.tokenizer, variant.engine, sink)
+        encoder = PromptEncoder(loaded.tokenizer, max_model_len=engine.settings.max_model_len)
+        engine.start()
+        return cls(loaded, engine, encoder)
+
+    @property
+    def context_length(self) -> int:
+        return self.engine.settings.max_model_len or self.loaded.context_length
+
+    def encode(self, request: GenerationRequest) -> tuple[int, ...]:
+        return self._encoder.encode(request.prompt, add_special_tokens=request.add_special_tokens)
+
+    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
+        ids = self._encoder.encode(prompt, add_special_tokens=add_special_tokens)
+        pieces = tuple(str(self.loaded.tokenizer.decode([token])) for token in ids)
+        return Tokenized(ids, pieces, self.context_length)
+
+    def detokenize(self, ids: tuple[int, ...]) -> str:
+        return str(self.loaded.tokenizer.decode(list(ids)))
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes by component; `process` is all of it, what torch and Python take included."""
+        report = self.loaded.report
+        return {
+            "weights": report.weight_bytes + report.embedding_bytes,
+            "quantization": report.quantization_bytes,
+            "kv_cache": self.engine.stats().kv_cache_bytes,
+            "process": int(self._process.memory_info().rss),
+        }
+
+    def close(self) -> None:
+        self.engine.close()
+        self._encoder.close()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, HalftoneError):
+        return error.message
+    return f"{type(error).__name__}: {error or 'no message'}".splitlines()[0][:300]
