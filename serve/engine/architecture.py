@@ -8,6 +8,8 @@ the model's own attention: a model that lets tokens of one row mix in any other 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,16 +41,32 @@ def adopt(model: nn.Module) -> tuple[Runner, list[LayerShape]]:
     name = type(model).__name__
     before = str(model.config._attn_implementation)  # type: ignore[union-attr]
     prompts = [_probe_prompt(model, length) for length in _PROBE_LENGTHS]
-    expected = _plain_logits(model, prompts)
     try:
+        _refuse_other_state(model)
+        expected = _plain_logits(model, prompts)
         _set_attention(model, NAME)
         runner = Runner(model)
-        layers = _describe(runner, name)
-        _verify(runner, layers, prompts, expected, name)
+        layers = _describe(runner)
+        _verify(runner, layers, prompts, expected)
     except UnsupportedArchitecture as error:
         _set_attention(model, before)
         raise UnsupportedArchitecture(f"{name} is not served: {error.message}") from error
     return runner, layers
+
+
+def _refuse_other_state(model: nn.Module) -> None:
+    """transformers marks models whose state cannot be rolled back to an earlier token: recurrent and hybrid ones."""
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedArchitecture("it keeps a recurrent state, which the paged cache does not hold")
+
+
+@contextmanager
+def _refusing(reason: str) -> Iterator[None]:
+    """Turns what a foreign model may raise on an input that it was not made for into a refusal."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise UnsupportedArchitecture(f"{reason} ({error})") from error
 
 
 class _Witness:
@@ -64,12 +82,10 @@ class _Witness:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
-def _describe(runner: Runner, name: str) -> list[LayerShape]:
+def _describe(runner: Runner) -> list[LayerShape]:
     witness = _Witness()
-    try:
+    with _refusing("it cannot run without a cache of its own"):
         runner.describe(witness)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        raise UnsupportedArchitecture(f"it cannot run without a cache of its own ({error})") from error
     config = runner.model.config
     count = config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     if not witness.calls:
@@ -82,9 +98,7 @@ def _describe(runner: Runner, name: str) -> list[LayerShape]:
     return [witness.layers[index] for index in range(count)]
 
 
-def _verify(
-    runner: Runner, layers: list[LayerShape], prompts: list[list[int]], expected: list[Tensor], name: str
-) -> None:
+def _verify(runner: Runner, layers: list[LayerShape], prompts: list[list[int]], expected: list[Tensor]) -> None:
     """Both prompts side by side, the second in two chunks: their last logits must be what each gives alone."""
     cache = KVCache(layers, len(prompts) * blocks_for(max(_PROBE_LENGTHS), _PROBE_BLOCK_SIZE), _PROBE_BLOCK_SIZE)
     first, second = _probe_sequences(prompts)
@@ -109,7 +123,7 @@ def _plain_logits(model: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
     """What the model's own attention gives, in transformers' plainest form: [vocab] after each prompt."""
     _set_attention(model, "eager")
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with _refusing("it does not run at all"), torch.inference_mode():
         outputs: list[Any] = [model(input_ids=torch.tensor([p], device=device), use_cache=False) for p in prompts]
     return [output.logits[0, -1].float() for output in outputs]
 

@@ -20,7 +20,7 @@ from serve.engine.answer import Answer
 from serve.engine.architecture import adopt
 from serve.engine.blocks import BlockPool
 from serve.engine.inputs import StepInputs, make_inputs
-from serve.engine.intake import check, end_token_ids, sequences_of
+from serve.engine.intake import check, context_tokens, end_token_ids, sequences_of
 from serve.engine.kv_cache import KVCache
 from serve.engine.memory import free_bytes
 from serve.engine.sampler import RowLogprobs, choose, row_logprobs
@@ -71,7 +71,7 @@ class Engine:
         self._runner, layers = adopt(model)
         self.settings = resolve(
             settings,
-            context_tokens=int(model.config.get_text_config().max_position_embeddings),
+            context_tokens=context_tokens(model.config.get_text_config()),
             kv_bytes_per_token=sum(layer.bytes_per_token for layer in layers),
             free_bytes=free_bytes(self._runner.device),
         )
@@ -273,6 +273,8 @@ class Engine:
             self._counters["generation_tokens"] += 1
             if self._answers[sequence.request_id].accept(sequence, token, logprobs.get(row), now_s):
                 self._scheduler.finish(sequence)
+            elif sequence.num_tokens - 1 == self._runner.rope_switch_tokens:
+                sequence.embed_again()
 
     def _end_unsampled(self, plan: Plan, broken: set[str]) -> None:
         """Requests that only wanted their prompt computed."""

@@ -63,8 +63,7 @@ def _starts(ordered: SequenceOf[Chunk]) -> dict[Chunk, int]:
 
 
 def _rope_lengths(chunk: Chunk) -> Iterable[int]:
-    # A prompt is embedded for its whole length in whatever chunks it comes; an output token for the text up to it.
-    return (max(chunk.sequence.num_prompt_tokens, position + 1) for position in range(chunk.start, chunk.stop))
+    return (max(chunk.sequence.rope_tokens, position + 1) for position in range(chunk.start, chunk.stop))
 
 
 def _slots(chunk: Chunk, block_size: int) -> Iterable[int]:

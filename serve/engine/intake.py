@@ -7,10 +7,10 @@ from typing import Any
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
 from serve.engine.vocabulary import Vocabulary
-from serve.errors import ContextLengthExceeded, InvalidRequest
+from serve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedArchitecture
 from serve.generation import GenerationRequest
 
-__all__ = ["check", "end_token_ids", "sequences_of"]
+__all__ = ["check", "context_tokens", "end_token_ids", "sequences_of"]
 
 
 def check(request: GenerationRequest, vocabulary_size: int, settings: EngineSettings) -> None:
@@ -66,6 +66,15 @@ def sequences_of(
         )
         for index in range(request.n)
     ]
+
+
+def context_tokens(config: Any) -> int:
+    """The longest text that a model's configuration allows. Dynamic scaling stretches it by its factor."""
+    tokens = getattr(config, "max_position_embeddings", None)
+    if not isinstance(tokens, int):
+        raise UnsupportedArchitecture("the model's configuration does not say how long its context is")
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(tokens * float(rope["factor"])) if rope.get("rope_type") == "dynamic" else tokens
 
 
 def end_token_ids(model: Any, vocabulary: Vocabulary) -> frozenset[int]:

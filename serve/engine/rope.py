@@ -4,6 +4,9 @@ Dynamic NTK scaling and LongRoPE (arXiv 2402.13753) choose their frequencies by 
 takes the longest position of the whole batch for it, and keeps what an earlier batch grew: right for one sequence,
 wrong for a batch of strangers. `PerSequenceRope` calls the module once per distinct length, each time from its initial
 state, so that a token's embedding depends on its own sequence only.
+
+LongRoPE has two sets of frequencies, and keys embedded with one mean nothing to queries embedded with the other: where
+a text grows past `switch_tokens`, all of it is computed again (transformers' Phi-3 drops its cache there).
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ class PerSequenceRope:
     def __init__(self, model: nn.Module) -> None:
         self._modules = length_dependent_modules(model)
         self._lengths: Tensor | None = None
+        longs = [_threshold(module) for module in self._modules if "longrope" in _rope_types(module)]
+        self.switch_tokens = min(longs, default=None)
+        """The longest text with the short frequencies; None where there is nothing to switch."""
         for module in self._modules:
             module.forward = self._per_length(module, module.forward)
 
@@ -44,12 +50,14 @@ class PerSequenceRope:
     def _per_length(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         initial = _state(module)
         threshold = _threshold(module)
+        # LongRoPE has but two regimes; dynamic scaling has another for every length.
+        longest = None if any("dynamic" in kind for kind in _rope_types(module)) else threshold + 1
 
         def embed(x: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if self._lengths is None:
                 return forward(x, position_ids, **kwargs)  # type: ignore[no-any-return]
             # Lengths up to the threshold all mean the unscaled frequencies.
-            lengths = self._lengths.clamp(min=threshold)
+            lengths = self._lengths.clamp(min=threshold, max=longest)
             cos, sin = None, None
             for length in sorted(set(lengths.tolist())):
                 rows = (lengths == length).nonzero()[:, 0].to(position_ids.device)

@@ -23,6 +23,7 @@ class Runner:
         self.model = model
         self.device = next(model.parameters()).device
         self._rope = PerSequenceRope(model)
+        self.rope_switch_tokens = self._rope.switch_tokens
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def run(self, inputs: StepInputs, cache: KVCache) -> Tensor:

@@ -29,11 +29,20 @@ class Sequence:
 
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    rope_tokens: int = 0
+    """Positions are embedded for a context of at least this many tokens: the prompt's, in whatever chunks it comes."""
     num_scored: int = 0
     """Prompt positions whose logits have been turned into prompt logprobs."""
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     running_when_scheduled: int = 0
+
+    def __post_init__(self) -> None:
+        self.rope_tokens = self.num_prompt_tokens
+
+    def embed_again(self) -> None:
+        """The text outgrew its rotary embedding's short form: compute it anew, embedded for its present length."""
+        self.num_computed, self.rope_tokens = 0, self.num_tokens
 
     @property
     def rank(self) -> tuple[int, int]:

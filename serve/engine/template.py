@@ -147,8 +147,9 @@ def _environment() -> Any:
     from datetime import datetime
 
     import jinja2
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         """Refuses to look inside Python at once; jinja2 itself would render nothing in that place."""

@@ -140,11 +140,12 @@ def desks() -> Iterator[Callable[..., Desk]]:
         desk.engine.close()
 
 
-def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+def greedy(model: Any, prompt: list[int], count: int, *, use_cache: bool = True) -> list[int]:
     """What transformers' own `generate` answers, with its plainest attention."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    options = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     model.set_attn_implementation(before)
     return output[0, len(prompt) :].tolist()
