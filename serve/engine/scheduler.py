@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from heapq import merge
 
 from serve.engine.blocks import BlockPool, blocks_for
 from serve.engine.sequence import Sequence
@@ -62,14 +63,19 @@ class Scheduler:
         return self._release(sequence)
 
     def schedule(self) -> Plan:
-        """The next step's chunks: decodes first, then running prompts, then those that wait, each by rank."""
+        """The next step's chunks: decodes first, then prompts by rank, whether they were begun or wait."""
         step = _Step(self._settings, self._max_scored_tokens)
         for sequence in [s for s in self.running if s.num_pending == 1]:
             self._plan_running(step, sequence)
-        for sequence in [s for s in self.running if s.num_pending > 1]:
-            self._plan_running(step, sequence)
-        if not step.preempted:
-            self._admit(step)
+        begun = [s for s in self.running if s.num_pending > 1]
+        # Where blocks ran out, whoever waits would take those that were just given up.
+        waiting = [] if step.preempted else self.waiting[: self._settings.max_num_seqs]
+        blocked = False
+        for sequence in merge(begun, waiting, key=_rank):
+            if sequence in begun:
+                self._plan_running(step, sequence)
+            else:
+                blocked = blocked or not self._admit(step, sequence)
         return Plan(tuple(step.chunks.values()), tuple(step.preempted))
 
     def record(self, plan: Plan) -> None:
@@ -102,18 +108,30 @@ class Scheduler:
         sequence.blocks += self._pool.allocate(max(missing, 0))
         return True
 
-    def _admit(self, step: _Step) -> None:
-        while self.waiting and len(self.running) < self._settings.max_num_seqs:
-            sequence = self.waiting[0]
-            length = step.affordable(sequence)
-            # All known tokens at once: a prompt that was begun never waits for blocks in the middle.
-            needed = blocks_for(sequence.num_tokens, self._settings.block_size)
-            if not length or needed > self._pool.num_free:
-                return
-            self.waiting.pop(0)
-            sequence.blocks = self._pool.allocate(needed)
-            insort(self.running, sequence, key=_rank)
-            step.take(sequence, length)
+    def _admit(self, step: _Step, sequence: Sequence) -> bool:
+        """Let the first that waits run, or say that it must wait on: nobody overtakes it."""
+        length = step.affordable(sequence)
+        # Blocks for all known tokens at once: a prompt that was begun never waits for blocks in the middle.
+        needed = blocks_for(sequence.num_tokens, self._settings.block_size)
+        if not length or not self._make_way(step, sequence, needed):
+            return False
+        self.waiting.remove(sequence)
+        sequence.blocks = self._pool.allocate(needed)
+        insort(self.running, sequence, key=_rank)
+        step.take(sequence, length)
+        return True
+
+    def _make_way(self, step: _Step, sequence: Sequence, needed: int) -> bool:
+        """A place and `needed` blocks for a sequence that waits, if need be from those of lower priority."""
+        yielding = [s for s in self.running if s.priority > sequence.priority]
+        places = self._settings.max_num_seqs - len(self.running) + len(yielding)
+        if places < 1 or self._pool.num_free + sum(len(s.blocks) for s in yielding) < needed:
+            return False
+        while len(self.running) >= self._settings.max_num_seqs or self._pool.num_free < needed:
+            victim = yielding.pop()
+            step.drop(victim)
+            self.preempt(victim)
+        return True
 
     def _release(self, sequence: Sequence) -> list[int]:
         blocks, sequence.blocks, sequence.num_computed = sequence.blocks, [], 0
