@@ -6,16 +6,19 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, MutableMapping
 from typing import Any
 
 import httpx
 import pytest
 
+from serve.api import ApiSettings, Limits
+from serve.api.app import create_app
 from serve.api.feed import ClientGone, Feed, while_connected
 from serve.errors import Overloaded
 from serve.generation import Delta, Disclosure, Event, PromptDelta
 from tests.api.conftest import Rim
+from tests.api.scripted import ScriptedBackend, story
 
 
 def post(rim: Rim, stream: bool) -> socket.socket:
@@ -111,6 +114,56 @@ async def test_reading_ahead_is_bounded() -> None:
         assert len(await feed.batch()) == 1024
         assert len(await feed.batch()) == 1024
     assert answer.cancels == 1
+
+
+def asgi(backend: ScriptedBackend, limits: Limits, send: Any) -> Awaitable[None]:
+    """One streamed call to the app itself, without a server between."""
+    body = json.dumps({"model": "tale", "prompt": "Hi", "stream": True}).encode()
+    arriving = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> MutableMapping[str, Any]:
+        return arriving.pop() if arriving else await Connection().receive()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    return create_app(backend, ApiSettings(limits=limits))(scope, receive, send)
+
+
+async def test_a_client_that_reads_nothing_counts_as_gone() -> None:
+    backend = ScriptedBackend()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    backend.pause = asyncio.Event()
+    backend.pause.set()
+    backend.script = lambda request: [*story(request)[:3], Overloaded("never reached")]
+    await asgi(backend, Limits(write_timeout_s=0.01), send)
+    assert backend.cancelled == backend.calls
+
+
+async def test_a_slow_engine_is_not_a_slow_client() -> None:
+    backend = ScriptedBackend()
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    backend.pause = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.1, backend.pause.set)
+    await asgi(backend, Limits(write_timeout_s=0.01), send)
+    assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+    assert backend.cancelled == []
+
+
+async def test_an_engine_step_of_many_tokens_is_one_write() -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await asgi(ScriptedBackend(), Limits(), send)
+    assert len(sent) == 4  # the start, the tokens, [DONE], the end
 
 
 class Connection:
