@@ -6,9 +6,8 @@ proper status, and every answer says in its headers who gave it.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +18,7 @@ from serve.api.answers import Plan, Transcript, body, chunks
 from serve.api.backend import Answer, Backend
 from serve.api.errors import error_event, error_response
 from serve.api.feed import ClientGone, Feed, while_connected
+from serve.api.sse import EventStream
 from serve.errors import GenerationFailed, HalftoneError
 from serve.generation import Delta, Disclosure, PromptDelta
 
@@ -50,7 +50,7 @@ class AnswerResponse(Response):
         try:
             events = await feed.batch()
             if self._plan.call.stream:
-                return _Stream(self._pieces(answer.disclosure, feed, events), headers, self._write_timeout_s)
+                return EventStream(self._pieces(answer.disclosure, feed, events), headers, self._write_timeout_s)
             return _json(await self._whole(answer.disclosure, feed, events), headers)
         except HalftoneError as error:
             return error_response(error, headers)
@@ -63,7 +63,7 @@ class AnswerResponse(Response):
             events = await feed.batch()
         return body(self._plan, disclosure, transcript)
 
-    async def _pieces(self, disclosure: Disclosure, feed: Feed, events: Events) -> AsyncIterator[bytes]:
+    async def _pieces(self, disclosure: Disclosure, feed: Feed, events: Events) -> AsyncGenerator[bytes, None]:
         """One piece per batch of events. An error after the first is told in the stream, and ends it."""
         writer = chunks(self._plan, disclosure)
         try:
@@ -77,52 +77,6 @@ class AnswerResponse(Response):
         except Exception:
             yield error_event(GenerationFailed("the server failed while it wrote this answer"))
             raise
-
-
-class _Stream(Response):
-    """Server-sent events: one ASGI message per piece, and a client that reads nothing for too long counts as gone."""
-
-    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str], write_timeout_s: float) -> None:
-        self._pieces = pieces
-        self._write_timeout_s = write_timeout_s
-        self._writing = False
-        self._written = 0
-        self.status_code = 200
-        self.background = None
-        self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with asyncio.timeout(None) as patience:
-            watch = asyncio.create_task(self._watch(patience))
-            try:
-                async for piece in self._pieces:
-                    await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
-                await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-            except asyncio.CancelledError:
-                if patience.expired():
-                    raise ClientGone from None
-                raise
-            finally:
-                watch.cancel()
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        self._writing = True
-        try:
-            await send(message)
-        except OSError:
-            raise ClientGone from None
-        self._writing = False
-        self._written += 1
-
-    async def _watch(self, patience: asyncio.Timeout) -> None:
-        """Looks up now and then: a timeout around each write would cost as much as the write itself."""
-        stuck = False
-        while not stuck:
-            before = self._written if self._writing else None
-            await asyncio.sleep(self._write_timeout_s)
-            stuck = self._writing and self._written == before
-        patience.reschedule(asyncio.get_running_loop().time())
 
 
 def _headers(plan: Plan, disclosure: Disclosure) -> dict[str, str]:
