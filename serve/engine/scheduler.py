@@ -124,10 +124,14 @@ class Scheduler:
     def _make_way(self, step: _Step, sequence: Sequence, needed: int) -> bool:
         """A place and `needed` blocks for a sequence that waits, if need be from those of lower priority."""
         yielding = [s for s in self.running if s.priority > sequence.priority]
-        places = self._settings.max_num_seqs - len(self.running) + len(yielding)
-        if places < 1 or self._pool.num_free + sum(len(s.blocks) for s in yielding) < needed:
+        staying = len(self.running) - len(yielding)
+        # Those who stay keep a block each to grow into, or the newcomer would soon be preempted again.
+        wanted = needed + staying
+        if staying >= self._settings.max_num_seqs:
             return False
-        while len(self.running) >= self._settings.max_num_seqs or self._pool.num_free < needed:
+        if self._pool.num_free + sum(len(s.blocks) for s in yielding) < wanted:
+            return False
+        while len(self.running) >= self._settings.max_num_seqs or self._pool.num_free < wanted:
             victim = yielding.pop()
             step.drop(victim)
             self.preempt(victim)

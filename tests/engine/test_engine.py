@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded, VariantUnavailable
+from serve.generation import GenerationRequest, SamplingParams
 from tests.engine.conftest import Desk, greedy, tiny_llama
 
 Desks = Callable[..., Desk]
@@ -226,3 +228,39 @@ def test_timing_is_told_with_the_last_delta(desks: Desks) -> None:
     assert timing is not None
     assert 0 <= timing.queue_s <= timing.first_token_s <= timing.total_s
     assert timing.running_sequences == 1
+
+
+def test_a_long_prompt_does_not_stall_those_who_are_being_answered(desks: Desks) -> None:
+    desk = desks(tiny_llama(), max_num_seqs=8, max_num_batched_tokens=64, max_prefill_tokens_beside_decode=8)
+    speaking = desk.submit([1, 2, 3], max_tokens=100, ignore_eos=True)
+    desk.wait_until(lambda: len(desk.answers[speaking].deltas[0]) > 3)
+    long = desk.submit([5] * 200, max_tokens=1)
+    desk.wait(speaking, long)
+    steps = [{event.request_id for event in batch} for batch in desk.batches]
+    arrived = next(index for index, requests in enumerate(steps) if long in requests)
+    # 200 prompt tokens in chunks of 8: while they were computed, every step still gave the other its token.
+    assert arrived > 20
+    assert all(speaking in requests for requests in steps[:arrived])
+
+
+def test_the_sampled_text_of_a_request_is_reproduced_by_another_engine(desks: Desks) -> None:
+    asked = {"temperature": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 42, "max_tokens": 25}
+    texts = [desks(tiny_llama()).ask([9, 8, 7], **asked).tokens() for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_a_sink_that_fails_does_not_stop_the_engine(desks: Desks, caplog: pytest.LogCaptureFixture) -> None:
+    desk = desks(tiny_llama())
+    working, failed = desk.engine._sink, threading.Event()
+
+    def failing(events: list[Any]) -> None:
+        desk.engine._sink = working
+        failed.set()
+        raise RuntimeError("the loop is closed")
+
+    desk.engine._sink = failing
+    desk.engine.submit(GenerationRequest("lost", (1, 2, 3), SamplingParams(max_tokens=1)))
+    assert failed.wait(30)
+    assert desk.ask([1, 2, 3], max_tokens=2).tokens()
+    assert "the sink refused" in caplog.text
+    assert desk.engine.is_alive
