@@ -42,12 +42,13 @@ def build(args: dict[str, Any]) -> Application:
     unknown = set(args) - {"config", "listen"}
     if unknown:
         raise ConfigError("args", f"unknown key {min(unknown)!r}; allowed: config, listen")
-    given = args.get("config")
-    config = (
-        parse_config(given) if isinstance(given, Mapping) else load_config(Path(given)) if given else default_config()
-    )
-    resources = ray.cluster_resources()
-    return graph(config.resolved(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0)), args.get("listen"))
+    return graph(_config(args.get("config")), args.get("listen"))
+
+
+def _config(given: object) -> Config:
+    if given is None:
+        return default_config()
+    return load_config(Path(given)) if isinstance(given, str) else parse_config(given)
 
 
 def graph(config: Config, listen: Mapping[str, Any] | None = None) -> Application:

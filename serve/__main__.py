@@ -1,0 +1,5 @@
+"""`python -m serve` is `halftone`."""
+
+from serve.cli import main
+
+main()
