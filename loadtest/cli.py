@@ -91,12 +91,11 @@ def run(
 ) -> None:
     """Send a load and report latencies, rates and errors, overall and by variant."""
     from loadtest import results, tables
-    from loadtest.scenario import read_scenario
+    from loadtest.scenario import override, read_scenario
     from loadtest.settings import Settings
 
     given = {name: value for name, value in context.params.items() if name in _OPTIONS and value is not None}
-    values = read_scenario(scenario) if scenario else {}
-    settings = Settings.parse(values | _parsed(given))
+    settings = Settings.parse(override(read_scenario(scenario) if scenario else {}, _parsed(given)))
     result = results.envelope("run", _measure(settings, raw, quiet), PACKAGES)
     if output is not None:
         results.write(result, output)

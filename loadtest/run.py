@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
-from loadtest import sweep
+from loadtest import server_metrics, sweep
+from loadtest.errors import InputError
 from loadtest.fleet import Fleet
 from loadtest.frames import Health
-from loadtest.generator import NOBODY_THERE
+from loadtest.generator import NOBODY_THERE, target_of
 from loadtest.record import Record
 from loadtest.results import Json
 from loadtest.selfcheck import SelfCheck
@@ -41,6 +42,7 @@ class Stage:
     check: SelfCheck = field(default_factory=SelfCheck)
     problems: list[str] = field(default_factory=list)
     origin_s: float = 0.0
+    server: Json | None = None
 
 
 class Run:
@@ -52,6 +54,7 @@ class Run:
         self._raw = raw
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         self._prompt_count = len(read_prompts(settings.prompts)) if settings.prompts else None
+        self._tls = target_of(settings).tls
         self._stop = asyncio.Event()
         self._stages: list[Stage] = []
         self._status = "complete"
@@ -109,11 +112,35 @@ class Run:
             self._watcher.health(health)
 
         fleet = Fleet(self._settings, stage.load, on_record, on_health)
+        before = await self._scrape(stage)
         try:
             await fleet.run(self._stop)
         finally:
-            stage.problems = fleet.problems
+            stage.problems += fleet.problems
             stage.origin_s = fleet.origin_s
+        if before is not None:
+            await self._compare_with_server(stage, before)
+
+    async def _scrape(self, stage: Stage) -> server_metrics.Scrape | None:
+        """The server's own metrics; where it gives none, the stage says so and goes on."""
+        url = self._settings.server_metrics
+        if url is None:
+            return None
+        try:
+            return await server_metrics.scrape(url, self._tls)
+        except InputError as error:
+            stage.problems.append(str(error))
+            return None
+
+    async def _compare_with_server(self, stage: Stage, before: server_metrics.Scrape) -> None:
+        assert self._settings.server_metrics is not None
+        succeeded = sum(record.ok for record in stage.records)
+        try:
+            after = await server_metrics.scrape_until(self._settings.server_metrics, self._tls, before, succeeded)
+        except InputError as error:
+            stage.problems.append(str(error))
+            return
+        stage.server = server_metrics.beside(server_metrics.since(before, after), stage.records)
 
     def _keep(self, stage: Stage, record: Record) -> None:
         if self._tokenizer is not None and record.text:
@@ -135,6 +162,7 @@ class Run:
             **summarise(stage.records, window, self._settings),
             "coordinated_omission": coordinated_omission(stage.records, stage.load),
             "generator": stage.check.verdict(stage.records, self._settings.max_in_flight),
+            "server_metrics": stage.server,
             "timeline": _timeline(stage, window),
             "notes": self._notes(stage),
         }

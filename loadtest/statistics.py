@@ -119,7 +119,7 @@ def _resample(values: Floats, blocks: NDArray[np.int64], count: int, rng: np.ran
     """
     order = np.argsort(values, kind="stable")
     values, blocks = values[order], blocks[order]
-    resamples = int(np.clip(_WORK // values.size, 100, 1000))
+    resamples = int(np.clip(_WORK // values.size, 100, 500))
     shares = np.asarray(list(PERCENTILES.values())) / 100
     estimates = np.empty((resamples, 1 + shares.size))
     for row in estimates:

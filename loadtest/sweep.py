@@ -12,7 +12,7 @@ from loadtest.results import Json
 
 SEARCH_FROM_PER_S = 1.0
 SEARCH_TO_RATIO = 1.1
-MOST_SEARCH_STAGES = 14
+MOST_SEARCH_STAGES = 20
 
 
 def knee(stages: Sequence[Json]) -> int | None:

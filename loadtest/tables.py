@@ -130,6 +130,7 @@ def _stages(result: Json) -> Table:
 
 def _verdicts(result: Json) -> Iterable[str]:
     yield from (f"note: {note}" for note in result["notes"])
+    yield from (_agreement(name, seen) for name, seen in (result["server_metrics"] or {}).items())
     if result["slo"] is not None:
         slo = result["slo"]
         limits = ", ".join(f"{name} ≤ {limit:g}" for name, limit in slo["limits"].items())
@@ -138,6 +139,17 @@ def _verdicts(result: Json) -> Iterable[str]:
         yield f"SLO {limits} for {slo['target_ratio']:.1%} of requests: {verdict}{sure}"
     if result["status"] != "complete":
         yield f"the run was {result['status']}: this is what was measured until then"
+
+
+def _agreement(name: str, seen: Json) -> str:
+    """One line of what the server says about itself."""
+    found = []
+    for percentile in ("p50", "p90", "p99"):
+        low, high = seen[percentile]["server_bucket"]
+        bucket = f"{milliseconds(low)}–{milliseconds(high)}" if high is not None else f"above {milliseconds(low)}"
+        agrees = {True: "agrees", False: "differs", None: "not ours to see"}[seen[percentile]["agrees"]]
+        found.append(f"{percentile} {bucket} ({agrees})")
+    return f"the server's own {METRICS[name]}, in ms: mean {milliseconds(seen['server_mean'])}, {', '.join(found)}"
 
 
 def percent(ratio: float | None) -> str:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -94,7 +95,9 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     content = await reader.readexactly(int(headers.get("content-length", 0)))
     if method == "GET":
         name = parse_qs(urlsplit(path).query).get("run", [""])[0]
-        plain(writer, 200, json.dumps([asdict(truth) for truth in RUNS[name].truths]))
+        truths = RUNS[name].truths if name in RUNS else []
+        is_metrics = urlsplit(path).path == "/metrics"
+        plain(writer, 200, metrics(truths) if is_metrics else json.dumps([asdict(truth) for truth in truths]))
         return True
     body = json.loads(content)
     behaviour = Behaviour(**body.pop("fake", {}))
@@ -184,6 +187,30 @@ async def wait(delay_s: float, behaviour: Behaviour, run: Run) -> None:
     into_s = time.monotonic() - (run.began_s + behaviour.stall_at)
     if 0 <= into_s < behaviour.stall_for:
         await asyncio.sleep(behaviour.stall_for - into_s)
+
+
+def metrics(truths: list[Truth]) -> str:
+    """The truths as Prometheus histograms, named as vLLM names them, in two label sets."""
+    edges = [0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0]
+    done = [truth for truth in truths if truth.ended_s is not None and truth.written_s]
+    values = {
+        "time_to_first_token_seconds": [[t.written_s[0] - t.received_s] for t in done],
+        "inter_token_latency_seconds": [[b - a for a, b in pairwise(t.written_s)] for t in done],
+        "e2e_request_latency_seconds": [[(t.ended_s or 0) - t.received_s] for t in done],
+        "request_queue_time_seconds": [[0.001] for _ in done],
+    }
+    lines = []
+    for name, per_request in values.items():
+        lines.append(f"# TYPE fake_{name} histogram")
+        for part in (0, 1):
+            flat = [value for each in per_request[part::2] for value in each]
+            for edge in [*edges, float("inf")]:
+                count = sum(value <= edge for value in flat)
+                shown = "+Inf" if edge == float("inf") else str(edge)
+                lines.append(f'fake_{name}_bucket{{part="{part}",le="{shown}"}} {count}')
+            lines.append(f'fake_{name}_sum{{part="{part}"}} {sum(flat)}')
+            lines.append(f'fake_{name}_count{{part="{part}"}} {len(flat)}')
+    return "\n".join(lines) + "\n"
 
 
 def usage(behaviour: Behaviour) -> dict[str, int]:
