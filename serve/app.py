@@ -21,6 +21,7 @@ import ray
 from ray import serve as rayserve
 from ray.serve import Application
 
+from serve import loopback
 from serve.config import Config, default_config, load_config, parse_config
 from serve.errors import ConfigError
 from serve.generation import GenerationRequest, Prompt
@@ -35,6 +36,9 @@ APP_NAME = "halftone"
 _LONGEST_STREAM_S = 600.0
 """How long a replica that must go may still finish its streams."""
 _INGRESS_STREAMS = 4096
+
+if loopback.is_on():
+    loopback.apply()
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from serve import loopback
 from serve.config import Config
 from serve.errors import SetupError
 from serve.heartbeat import View
@@ -24,9 +25,8 @@ from serve.heartbeat import View
 __all__ = ["LocalServer"]
 
 _SWITCHES = {
+    **dict([loopback.SWITCH]),
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's way to say: one node, every port on 127.0.0.1.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

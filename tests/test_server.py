@@ -1,0 +1,225 @@
+"""The whole server on a real local Ray cluster, through the official client: one cluster for all tests of this file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.running import Halftone
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+CONFIG = """
+model: {name: storyteller, source: "builtin:storyteller"}
+variants:
+  - {name: fp32, recipe: fp32, engine: {max_num_seqs: 64}}
+  - {name: int8, recipe: int8}
+  - {name: broken, recipe: bf16, source: SOURCE}
+traffic: {stable: fp32, weights: {fp32: 50, int8: 50, broken: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Halftone]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "empty").mkdir()
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.replace("SOURCE", str(folder / "empty")))
+    with Halftone(str(config)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Halftone) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_the_table_says_what_was_loaded_and_what_was_not(server: Halftone) -> None:
+    rows = {row["variant"]: row for row in server.announced["variants"]}
+    assert rows["fp32"]["state"] == rows["int8"]["state"] == "ready"
+    assert rows["int8"]["weight_bytes"] < rows["fp32"]["weight_bytes"] / 2
+    assert rows["int8"]["bits_per_weight"] < 9
+    assert rows["broken"]["state"] == "failed"
+    assert "config.json" in rows["broken"]["reason"]
+
+
+@pytest.mark.parametrize("model", ["storyteller", "storyteller@fp32", "storyteller@int8"])
+def test_completions_and_chats_answer_whole_and_streamed(client: openai.OpenAI, model: str) -> None:
+    whole = client.completions.create(model=model, prompt="Once upon a time", max_tokens=16, temperature=0, user="u")
+    pieces = client.completions.create(
+        model=model, prompt="Once upon a time", max_tokens=16, temperature=0, user="u", stream=True
+    )
+    assert whole.choices[0].text
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    chat = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Tell me a story."}], max_tokens=16, temperature=0
+    )
+    assert chat.choices[0].message.content
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens <= 16
+
+
+async def test_two_hundred_streams_of_mixed_length_all_finish_whole(server: Halftone) -> None:
+    lengths = [4 + 7 * index % 60 for index in range(200)]
+    made_before = server.metric("generation_tokens_total", variant="int8")
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+
+        async def ask(index: int) -> tuple[int, str]:
+            stream = await client.completions.create(
+                model="storyteller@int8",
+                prompt=f"Story number {index}",
+                max_tokens=lengths[index],
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True},
+            )
+            chunks = [chunk async for chunk in stream]
+            assert chunks[-1].usage is not None
+            assert chunks[-2].choices[0].finish_reason == "length"
+            text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+            return chunks[-1].usage.completion_tokens, text
+
+        answers = await asyncio.gather(*map(ask, range(200)))
+        assert [tokens for tokens, _ in answers] == lengths
+        alone = await client.completions.create(
+            model="storyteller@int8",
+            prompt="Story number 7",
+            max_tokens=lengths[7],
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+    assert answers[7][1][:20] == alone.choices[0].text[:20]
+    assert server.metric("generation_tokens_total", variant="int8") - made_before == sum(lengths) + lengths[7]
+    server.wait_until(lambda: server.metric("kv_cache_usage_ratio", variant="int8") == 0)
+
+
+def test_every_answer_says_who_served_it(server: Halftone) -> None:
+    body = {"model": "storyteller", "prompt": "Once", "max_tokens": 1}
+    pinned = httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-halftone-variant": "int8"})
+    assert pinned.headers["x-halftone-variant"] == pinned.headers["x-halftone-precision"] == "int8"
+    assert pinned.headers["x-halftone-route"] == "pinned"
+    dealt = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert dealt.headers["x-halftone-route"] == "weighted"
+    sticky = {httpx.post(f"{server.url}/v1/completions", json={**body, "user": "ada"}).headers[h] for h in HEADERS}
+    assert sticky >= {"sticky"}
+    assert (
+        pinned.json()["system_fingerprint"]
+        != httpx.post(f"{server.url}/v1/completions", json={**body, "model": "storyteller@fp32"}).json()[
+            "system_fingerprint"
+        ]
+    )
+
+
+HEADERS = ("x-halftone-variant", "x-halftone-route")
+
+
+def test_a_variant_that_cannot_load_is_refused_by_name_and_reason_while_the_others_serve(
+    server: Halftone, client: openai.OpenAI
+) -> None:
+    refused = httpx.post(f"{server.url}/v1/completions", json={"model": "storyteller@broken", "prompt": "x"})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) > 0
+    assert "broken" in refused.json()["error"]["message"]
+    assert "config.json" in refused.json()["error"]["message"]
+    assert "Traceback" not in refused.text
+    assert client.completions.create(model="storyteller", prompt="x", max_tokens=1).choices
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_an_unknown_model_is_a_404_that_names_what_is_served(client: openai.OpenAI) -> None:
+    for model in ("gpt-4", "storyteller@fp8"):
+        with pytest.raises(openai.NotFoundError, match="storyteller@int8"):
+            client.completions.create(model=model, prompt="x")
+
+
+def test_a_prompt_over_the_context_comes_back_from_the_replica_as_a_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="storyteller@int8", prompt="word " * 3000, max_tokens=5)
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_changing_weights_moves_new_requests_and_restarts_nothing(server: Halftone) -> None:
+    before = {process.pid for process in server.family() if "ServeReplica" in "".join(process.cmdline())}
+    for weights in ({"fp32": 0, "int8": 100, "broken": 0}, {"fp32": 100, "int8": 0, "broken": 0}):
+        changed = httpx.put(f"{server.url}/admin/traffic", json={"weights": weights})
+        assert changed.status_code == 200, changed.text
+        body = {"model": "storyteller", "prompt": "Once", "max_tokens": 1}
+        served = {httpx.post(f"{server.url}/v1/completions", json=body).headers["x-halftone-variant"] for _ in range(8)}
+        assert served == {name for name, weight in weights.items() if weight}
+    assert {process.pid for process in server.family() if "ServeReplica" in "".join(process.cmdline())} == before
+    wrong = httpx.put(f"{server.url}/admin/traffic", json={"weights": {"fp32": 20, "int9": 80}})
+    assert wrong.status_code == 400
+    assert "int9" in wrong.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: Halftone) -> None:
+    body = {"model": "storyteller@fp32", "prompt": "Once", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    aborted = server.metric("request_success_total", variant="fp32", finished_reason="abort")
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+        server.wait_until(lambda: server.metric("num_requests_running", variant="fp32") == 1)
+    server.wait_until(lambda: server.metric("num_requests_running", variant="fp32") == 0, timeout_s=5)
+    assert server.metric("kv_cache_usage_ratio", variant="fp32") == 0
+    assert server.metric("request_success_total", variant="fp32", finished_reason="abort") == aborted + 1
+
+
+def test_counts_are_exact_the_moment_an_answer_is_there(server: Halftone) -> None:
+    names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count")
+    before = [server.metric(name, variant="int8") for name in names]
+    body = {"model": "storyteller@int8", "prompt": [5, 6, 7, 8], "max_tokens": 9, "ignore_eos": True}
+    httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+    assert [server.metric(name, variant="int8") - was for name, was in zip(names, before, strict=True)] == [4, 9, 1]
+
+
+def test_only_loopback_is_listened_on(server: Halftone) -> None:
+    ours = {server.process.pid, *(process.pid for process in server.family())}
+    open_ports = [
+        f"{listening.laddr.ip}:{listening.laddr.port}"
+        for process in [server.process.pid, *ours]
+        for listening in _listening(process)
+        if not listening.laddr.ip.removeprefix("::ffff:").startswith("127.")
+    ]
+    assert not open_ports
+
+
+def _listening(pid: int) -> list[object]:
+    import psutil
+
+    try:
+        return [c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_a_replica_that_dies_mid_stream_ends_its_streams_with_an_error_and_comes_back(server: Halftone) -> None:
+    body = {"model": "storyteller@int8", "prompt": "Once", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.worker("variant-int8").kill()
+        rest = [line for line in lines if line]
+    errors = [json.loads(line.removeprefix("data: "))["error"] for line in rest if '"error"' in line]
+    assert errors
+    assert errors[0]["code"] == "variant_unavailable"
+    after = {**body, "max_tokens": 4, "stream": False}
+    server.wait_until(
+        lambda: httpx.post(f"{server.url}/v1/completions", json=after, timeout=90).status_code == 200, timeout_s=90
+    )
+
+
+def test_a_configuration_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text('model: {name: x, source: "builtin:storyteller"}\nvariants: [{name: a, recipe: int9}]\n')
+    server = Halftone(str(config))
+    assert server.process.wait(60) == 1
+    server.stop()
+    assert server.said.count("\n") == 1
+    assert "variants[0].recipe" in server.said
