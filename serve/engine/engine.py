@@ -196,11 +196,17 @@ class Engine:
             submitted, aborted = list(self._inbox), list(self._aborts)
             self._inbox.clear()
             self._aborts.clear()
+        events: list[Event] = []
         for request, submitted_s in submitted:
-            self._accept(request, submitted_s)
-        return [event for request_id in aborted for event in self._abort(request_id)]
+            try:
+                self._accept(request, submitted_s)
+            except Exception:
+                _logger.exception("a request could not be taken in")
+                events.append(Failure(request.request_id, _STEP_FAILED))
+        return events + [event for request_id in aborted for event in self._abort(request_id)]
 
     def _accept(self, request: GenerationRequest, submitted_s: float) -> None:
+        assert request.request_id not in self._answers, "request ids are given out once"
         sequences = sequences_of(request, self.settings, self._arrivals, submitted_s)
         self._arrivals += len(sequences)
         self._answers[request.request_id] = Answer(request, sequences, self._vocabulary, self._end_ids)

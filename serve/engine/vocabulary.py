@@ -64,9 +64,10 @@ class Vocabulary:
             return b""
         if "ByteLevel" in self._decoders:
             return bytes(_bytes_by_character()[character] for character in token)
-        if "ByteFallback" in self._decoders:
-            byte = _BYTE_TOKEN.fullmatch(token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+        if "ByteFallback" in self._decoders and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        if self._decoders & {"ByteFallback", "Metaspace"}:
+            return token.replace("▁", " ").encode()
         return self.decode([token_id], skip_special_tokens=False).encode()
 
 

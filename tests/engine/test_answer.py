@@ -161,22 +161,3 @@ def test_a_real_model_tells_the_story_that_generate_tells(desks: Desks, shared: 
     assert nats < math.log(8), "a model that knows its language is rarely surprised"
     joined = b"".join(bytes(entry.bytes) for entry in reported(answer)).decode()
     assert joined.strip() == answer.text().strip()
-
-
-def test_in_bf16_a_story_is_nearly_as_likely_beside_neighbours_as_alone(desks: Desks, shared: Path) -> None:
-    folder = shared / "models" / "TinyStories-656K"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = list(tokenizer("Lily and Tom went to the park. They saw a big dog and")["input_ids"])
-    desk = desks(model, tokenizer)
-
-    def scores(neighbours: int) -> torch.Tensor:
-        others = [desk.submit(prompt[index % 5 :], max_tokens=30, ignore_eos=True) for index in range(neighbours)]
-        answer = desk.ask(prompt * 8, max_tokens=0, prompt_logprobs=0)
-        desk.wait(*others)
-        assert answer.prompt is not None
-        return torch.tensor([entry.logprob for entry in answer.prompt.logprobs if entry])
-
-    alone = scores(0)
-    for neighbours in (3, 15):
-        assert (scores(neighbours) - alone).abs().quantile(0.99) < 0.05

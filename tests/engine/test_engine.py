@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -264,3 +266,22 @@ def test_a_sink_that_fails_does_not_stop_the_engine(desks: Desks, caplog: pytest
     assert desk.ask([1, 2, 3], max_tokens=2).tokens()
     assert "the sink refused" in caplog.text
     assert desk.engine.is_alive
+
+
+def test_memory_is_flat_once_the_cache_is_in_use(desks: Desks) -> None:
+    desk, process = desks(tiny_llama(), kv_cache_bytes=2**20), psutil.Process()
+
+    def serve_many() -> int:
+        asked = [desk.submit(prompt, max_tokens=8) for prompt in prompts(60)]
+        desk.wait(*asked)
+        desk.batches.clear()
+        for request_id in asked:
+            del desk.answers[request_id]
+        gc.collect()
+        return process.memory_info().rss
+
+    for _ in range(2):
+        warm = serve_many()
+    for _ in range(3):
+        after = serve_many()
+    assert after - warm < 8 * 2**20

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from serve.engine.stream import Detokenizer, StopStrings, TextStream
 from serve.engine.vocabulary import Vocabulary
@@ -125,3 +128,18 @@ def test_a_stop_string_before_min_tokens_goes_through() -> None:
 @pytest.mark.parametrize("text", ["plain", "é", "🐉", " spaced"])
 def test_the_bytes_of_tokens_joined_are_the_text(text: str) -> None:
     assert b"".join(VOCABULARY.bytes_of(token) for token in ids(text)).decode() == text
+
+
+@pytest.mark.parametrize("folder", ["data/gpt2-tokenizer", "models/TinyStories-656K"])
+def test_real_tokenizers_stream_what_they_decode(shared: Path, folder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / folder)
+    vocabulary = Vocabulary(tokenizer)
+    tokens = list(tokenizer(STORY * 2)["input_ids"])
+    for split in (1, 7, len(tokens) // 2):
+        stream = Detokenizer(vocabulary, tokens[:split], skip_special_tokens=True)
+        out = "".join(stream.push(token) for token in tokens[split:]) + stream.flush()
+        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        prompt = tokenizer.decode(tokens[:split], skip_special_tokens=True)
+        assert prompt.rstrip("\ufffd") + out == whole
+    joined = b"".join(vocabulary.bytes_of(token) for token in tokens).decode()
+    assert joined.strip() == vocabulary.decode(tokens, skip_special_tokens=False).strip()
