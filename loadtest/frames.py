@@ -52,7 +52,8 @@ class Health:
     process: int
     sent: int
     in_flight: int
-    cpu_ratio: float
+    cpu_s: float
+    wall_s: float
     lags_s: "array[float]" = field(default_factory=lambda: array("d"))
 
 

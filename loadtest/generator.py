@@ -134,11 +134,11 @@ class Generator:
 
     def health(self) -> Health:
         """How it kept up since the last call."""
-        cpu_s, now_s = time.process_time(), time.monotonic()
-        cpu_ratio = (cpu_s - self._cpu_mark[0]) / max(now_s - self._cpu_mark[1], 1e-6)
-        self._cpu_mark = (cpu_s, now_s)
+        now = (time.process_time(), time.monotonic())
+        cpu_s, wall_s = (later - earlier for later, earlier in zip(now, self._cpu_mark, strict=True))
+        self._cpu_mark = now
         lags_s, self._lags_s = self._lags_s, array("d")
-        return Health(self._assignment.process, self._sent, self._in_flight, cpu_ratio, lags_s)
+        return Health(self._assignment.process, self._sent, self._in_flight, cpu_s, wall_s, lags_s)
 
     def _emit(self, capture: Capture) -> None:
         self.emitted += 1

@@ -15,6 +15,7 @@ from loadtest.statistics import Samples, describe
 # Beyond these the p99 of a latency of tens of milliseconds would be the generator's own.
 LAG_P99_LIMIT_S = 0.005
 CPU_RATIO_LIMIT = 0.9
+SHORTEST_SPAN_S = 0.5
 
 
 class SelfCheck:
@@ -22,11 +23,11 @@ class SelfCheck:
 
     def __init__(self) -> None:
         self._lags_s: list[tuple[float, ...]] = []
-        self._cpu_ratios: dict[int, list[float]] = defaultdict(list)
+        self._cpu: dict[int, list[tuple[float, float]]] = defaultdict(list)
 
     def add(self, health: Health) -> None:
         self._lags_s.append(tuple(health.lags_s))
-        self._cpu_ratios[health.process].append(health.cpu_ratio)
+        self._cpu[health.process].append((health.cpu_s, health.wall_s))
 
     def verdict(self, records: Sequence[Record], max_in_flight: int) -> Json:
         """`{"was_bottleneck", "reasons", "loop_lag_s", "cpu_ratio", "processes"}`.
@@ -36,7 +37,7 @@ class SelfCheck:
         """
         lag = describe(Samples.of(self._lags_s))
         del lag["histogram"], lag["intervals"]
-        busiest = max((max(ratios) for ratios in self._cpu_ratios.values()), default=0.0)
+        busiest = max(map(_busiest, self._cpu.values()), default=0.0)
         reasons = []
         if lag["p99"] is not None and lag["p99"] > LAG_P99_LIMIT_S:
             reasons.append(f"its event loop was late by {lag['p99'] * 1e3:.1f} ms at p99")
@@ -49,8 +50,15 @@ class SelfCheck:
             "reasons": reasons,
             "loop_lag_s": lag,
             "cpu_ratio": round(busiest, 4),
-            "processes": len(self._cpu_ratios),
+            "processes": len(self._cpu),
         }
+
+
+def _busiest(spans: list[tuple[float, float]]) -> float:
+    """Share of a core in the busiest span that is long enough to tell, or else over all."""
+    long_enough = [span for span in spans if span[1] >= SHORTEST_SPAN_S]
+    whole = (sum(cpu_s for cpu_s, _ in spans), sum(wall_s for _, wall_s in spans))
+    return max(cpu_s / wall_s for cpu_s, wall_s in long_enough or [whole])
 
 
 def most_in_flight(records: Sequence[Record]) -> int:
