@@ -8,6 +8,7 @@ from serve.errors import ConfigError
 
 __all__ = ["EngineSettings", "resolve"]
 
+_COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decode", "block_size", "max_queue")
 _FREE_MEMORY_RATIO = 0.2
 """Share of the free memory that the KV cache takes at most when its size is "auto": variants share a machine."""
 
@@ -33,9 +34,9 @@ class EngineSettings:
     """Torch threads of the engine's thread; None leaves torch's default."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decode", "block_size"):
+        for name in _COUNTS:
             _require_positive(name, getattr(self, name))
-        for name in ("kv_cache_bytes", "max_model_len", "max_queue", "threads"):
+        for name in ("kv_cache_bytes", "max_model_len", "threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -110,7 +110,7 @@ def test_two_hundred_requests_of_mixed_length_all_finish_right_and_leave_nothing
         assert answers[index].tokens() == expected
     stats = desk.engine.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
-    assert not desk.engine._answers
+    assert desk.engine._core.is_idle
 
 
 def test_every_step_reaches_the_sink_in_one_call(desks: Desks) -> None:
