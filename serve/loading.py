@@ -23,7 +23,7 @@ from serve.compression.calibration import Calibration
 from serve.compression.checkpoints import Checkpoint, Weights, find_source
 from serve.compression.compress import Progress, compress, silent
 from serve.compression.formats.linear import CompressedLinear
-from serve.compression.memory import release, watch_peak
+from serve.compression.memory import prompt_release, release, watch_peak
 from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport, measure
@@ -65,7 +65,7 @@ def load(
     """
     seconds: dict[str, float] = {}
     target = _device(device)
-    with watch_peak() as peak:
+    with prompt_release(), watch_peak() as peak:
         with _timed(seconds, "open"):
             checkpoint = Checkpoint.open(find_source(source))
             plan = Plan(recipe, target)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from serve.compression.checkpoints import Weights
+from serve.compression.formats.head import Float32Head
 from serve.compression.formats.linear import CompressedLinear
 from serve.compression.memory import release
 from serve.compression.method import Group, InputStatistics, Need, Projection
@@ -156,6 +157,8 @@ def _compress_rest(job: _Job) -> None:
         if name in outside and source in outside:
             set_tensor(job.model, name, job.model.get_parameter(source))
     job.fill(outside)
+    if job.plan.float32_head and head is not None and isinstance(dense := job.model.get_submodule(head), nn.Linear):
+        set_module(job.model, head, Float32Head(dense))
     job.flush("rest")
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-__all__ = ["PeakMemory", "anonymous_bytes", "release", "watch_peak"]
+__all__ = ["PeakMemory", "anonymous_bytes", "prompt_release", "release", "watch_peak"]
 
 _STATUS = Path("/proc/self/status")
 _INTERVAL_S = 0.01
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
 
 
 def anonymous_bytes() -> int:
@@ -30,11 +31,35 @@ def anonymous_bytes() -> int:
 
 
 def release() -> None:
-    """Return freed memory to the system: glibc keeps what large temporary arrays leave behind."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    """Return freed memory to the system: glibc keeps what many small arrays leave behind."""
+    if (trim := _libc("malloc_trim")) is not None:
+        trim(0)
+
+
+@contextmanager
+def prompt_release() -> Iterator[None]:
+    """Large arrays go back to the system the moment they are freed, until the block ends.
+
+    By default glibc raises its threshold with every large array that is freed, and then keeps them for reuse: a gain
+    while serving, but a load that converts one matrix after another would hold far more than it needs.
+    """
+    tune = _libc("mallopt")
+    if tune is not None:
+        tune(_MMAP_THRESHOLD, 256 << 10)
+    try:
+        yield
+    finally:
+        if tune is not None:  # where the default ends up
+            tune(_MMAP_THRESHOLD, 32 << 20)
+            tune(_TRIM_THRESHOLD, 64 << 20)
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    """One of glibc's own allocator controls; None on other systems and allocators."""
+    if sys.platform != "linux":
+        return None
+    function: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)
+    return function
 
 
 class PeakMemory:

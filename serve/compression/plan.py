@@ -15,7 +15,7 @@ from serve.compression.hardware import check_dtype
 from serve.compression.method import Need, Pruner, Quantizer
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import DTYPES
-from serve.compression.stages import Int8
+from serve.compression.stages import Int8, Int8Weight
 from serve.errors import RecipeError
 
 __all__ = ["Plan", "Treatment"]
@@ -50,6 +50,8 @@ class Plan:
         self.recipe, self.device = recipe, device
         self._default = self._treat(recipe)
         self._overrides = [(pattern, self._treat(Recipe.parse(target))) for pattern, target in recipe.overrides]
+        # Chosen for its accuracy, which 16-bit logits would spoil: see formats/head.py.
+        self.float32_head = isinstance(recipe.quantizer, Int8Weight) and recipe.dtype != "fp32"
         self.head = self._check(methods.quantizer(Int8())) if recipe.lm_head == "int8" else None
 
     def treatment(self, name: str) -> Treatment:

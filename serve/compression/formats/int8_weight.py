@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from serve.compression.formats.linear import CompressedLinear, LinearSpec
+from serve.compression.formats.linear import CompressedLinear, LinearSpec, tiled_product
 
 __all__ = ["Int8WeightLinear", "quantize_rows_for"]
 
 _LEVELS = 127
+_FLOAT32_TOKENS = 4
 
 
 def quantize_rows_for(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,17 +43,26 @@ class Int8WeightLinear(CompressedLinear):
 
     @property
     def kernel(self) -> str:
-        return "int8-weight _weight_int8pack_mm" if self.weight.device.type == "cpu" else "int8-weight by cast"
+        return "int8-weight _weight_int8pack_mm" if self._by_kernel(1) else "int8-weight tiled product"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            # The kernel's CUDA sibling differs from version to version; the cast fuses into the product's read there.
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale + (0 if self.bias is None else self.bias)
         tokens = x.reshape(-1, self.in_features).contiguous()
-        y = torch._weight_int8pack_mm(tokens, self.weight, self.scale)
+        if self._by_kernel(tokens.shape[0]):
+            y = torch._weight_int8pack_mm(tokens, self.weight, self.scale)
+        else:
+            y = tiled_product(tokens, self.out_features, self._tile).mul_(self.scale)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _by_kernel(self, tokens: int) -> bool:
+        """Sixteen must divide the rows, past whose end it reads otherwise; in float32 it is slow at prefill."""
+        if self.weight.device.type != "cpu" or self.in_features % 16:
+            return False
+        return self.spec.dtype == torch.bfloat16 or (self.spec.dtype == torch.float32 and tokens <= _FLOAT32_TOKENS)
+
+    def _tile(self, rows: slice) -> Tensor:
+        return self.weight[rows].to(self.spec.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         y = F.linear(x.float(), self.dequantize())

@@ -8,15 +8,19 @@ weight is held twice. Layers know nothing about how their values were chosen.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from serve.errors import ArtifactError
 
-__all__ = ["CompressedLinear", "LinearSpec", "Storage"]
+__all__ = ["CompressedLinear", "LinearSpec", "Storage", "tiled_product"]
+
+_TILE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,15 @@ class CompressedLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def tiled_product(x: Tensor, out_features: int, tile: Callable[[slice], Tensor]) -> Tensor:
+    """`x [tokens, in] @ W^T` where `tile(rows)` decodes those rows of W into x's dtype `[rows, in]`.
+
+    Only one tile is ever decoded, small enough to stay in the processor's cache: no dense copy of W exists.
+    """
+    y = x.new_empty(x.shape[0], out_features)
+    for start in range(0, out_features, _TILE_ROWS):
+        rows = slice(start, min(start + _TILE_ROWS, out_features))
+        y[:, rows] = F.linear(x, tile(rows))
+    return y

@@ -13,6 +13,8 @@ __all__ = ["pruner", "quantizer"]
 _QUANTIZERS = {
     "int8": ("absmax", "Int8Method"),
     "int8-weight": ("absmax", "Int8WeightMethod"),
+    "llm-int8": ("bitsandbytes", "LlmInt8Method"),
+    "nf4": ("bitsandbytes", "Nf4Method"),
 }
 _PRUNERS: dict[str, tuple[str, str]] = {}
 

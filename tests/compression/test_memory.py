@@ -1,0 +1,60 @@
+"""Memory: what the report says is what the process holds, and loading never needs much more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+MEASURE = """
+import json, sys, torch
+from serve.compression.memory import anonymous_bytes, release
+from serve.compression.recipe import Recipe
+from serve.loading import load
+
+small, big, recipe = sys.argv[1:]
+torch.set_num_threads(1)
+warm = load(small, Recipe.parse(recipe))  # imports, thread pools and kernels are not weights
+warm.model(torch.arange(8)[None])
+del warm
+release()
+before = anonymous_bytes()
+loaded = load(big, Recipe.parse(recipe))
+release()
+held = anonymous_bytes() - before
+print(json.dumps(loaded.report.to_dict() | {"held_bytes": held}))
+"""
+
+
+def save(folder: Path, hidden: int, layers: int) -> None:
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    small, big = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("big")
+    save(small, 128, 2)
+    save(big, 1024, 6)
+    return small, big
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "int8-weight", "nf4"])
+def test_resident_bytes_match_the_report_and_the_peak_stays_low(checkpoints: tuple[Path, Path], recipe: str) -> None:
+    arguments = [sys.executable, "-c", MEASURE, *map(str, checkpoints), recipe]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert abs(report["held_bytes"] - report["total_bytes"]) <= 0.03 * report["total_bytes"]
+    block_bytes = (3 + 9) * 1024 * 1024 * 2  # q, k, v, o and the MLP in 16 bits
+    assert report["peak_load_bytes"] < report["total_bytes"] + 2 * block_bytes
