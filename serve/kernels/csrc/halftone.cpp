@@ -1,0 +1,83 @@
+// The C surface that serve/kernels/library.py loads. Plain pointers, no Python, no torch: it builds in seconds.
+#include "linear.h"
+
+using namespace halftone;
+
+namespace {
+
+void pack_words(const uint8_t* w, int64_t outputs, int64_t row_bytes, int64_t steps, uint8_t* out) {
+  // A column's 4-byte words (2 bf16, 4 int8) go to [word][32 columns]; what is past the matrix stays zero.
+  const int64_t words = steps * 16;
+  for (int64_t column = 0; column < outputs; ++column) {
+    uint8_t* panel = out + column / kPanel * steps * kPanelStep + column % kPanel * 4;
+    for (int64_t word = 0; word < words; ++word) {
+      const int64_t begin = word * 4, count = std::min<int64_t>(4, row_bytes - begin);
+      if (count > 0) std::memcpy(panel + word * kPanel * 4, w + column * row_bytes + begin, count);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int ht_supported() { return tiles_granted() ? 1 : 0; }
+
+void* ht_team(int threads) { return new Team(threads); }
+void ht_team_free(void* team) { delete static_cast<Team*>(team); }
+
+int64_t ht_packed_bytes(const Linear* w) { return w->panels() * w->panel_bytes(); }
+
+// weight: [N, K] of bf16 or int8; out: ht_packed_bytes zeroed bytes.
+void ht_pack(const Linear* w, const uint8_t* weight, uint8_t* out) {
+  pack_words(weight, w->outputs, w->format == Format::kInt8 ? w->inputs : w->inputs * 2, w->steps(), out);
+}
+
+// codes: [N, K], one 4-bit code a byte; `fill` is the code whose value pads K.
+void ht_pack_codes(const Linear* w, const uint8_t* codes, int fill, uint8_t* out) {
+  for (int64_t column = 0; column < w->panels() * kPanel; ++column)
+    for (int64_t k = 0; k < w->steps() * 32; ++k) {
+      const int code = column < w->outputs && k < w->inputs ? codes[column * w->inputs + k] & 15 : fill;
+      const int64_t pair = k % 32 / 2, tile = column % kPanel / 16;
+      const int64_t word = ((k / 32 * 2 + tile) * 4 + pair / 4) * 32 + column % 16 * 2 + k % 2;
+      uint8_t* at = out + column / kPanel * w->panel_bytes() + word * 2 + pair % 4 / 2;
+      *at = static_cast<uint8_t>(*at | code << (pair % 2 * 4));
+    }
+}
+
+// x: [rows, K] bf16; y: [rows, N] bf16.
+void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows, bf16* y) {
+  Team& team = *static_cast<Team*>(team_pointer);
+  static thread_local Activations activations;
+  Activations& a = activations;
+  a.reserve(rows, w->inputs);
+  if (w->format == Format::kCode4 && w->offset) a.sums.resize(std::max<size_t>(a.sums.size(), rows * w->groups()));
+  team.run([&](int) {
+    team.deal(0, rows, 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(w->inputs);
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t i = 0; i < w->inputs; i += 16) {
+          const __mmask16 mask = first(w->inputs - i);
+          _mm512_mask_storeu_ps(row.data() + i, mask, load_bf16(x + r * w->inputs + i, mask));
+        }
+        prepare_row(a, r, row.data(), *w);
+      }
+    });
+    team.barrier();
+    PanelRoom room;
+    team.deal(1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        compute_panel(room, *w, a, panel);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int half = 0; half < 2; ++half) {
+            const int64_t column = panel * kPanel + half * 16;
+            if (column < w->outputs)
+              store_bf16(y + r * w->outputs + column, _mm512_loadu_ps(room.sums.data() + r * kPanel + half * 16),
+                         first(w->outputs - column));
+          }
+      }
+    });
+  });
+}
+
+}  // extern "C"

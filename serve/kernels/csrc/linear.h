@@ -1,0 +1,261 @@
+// y = x W^T for weights stored in bf16, int8, or 4-bit codes with a scale per group: one packed layout, one loop.
+//
+// Packed, a panel of 32 output columns lies contiguous over all of K, so that one token reads memory in one stream:
+//   bf16   [panels][K/2][32][2]      pairs of inputs
+//   int8   [panels][K/4][32][4]      quads of inputs
+//   code4  [panels][K/32][2][4][32]  16-bit words; nibble r of word (q, column, parity) is the code of row pair 4 q + r
+// K is padded with zeros to a whole step (32 inputs; 64 for int8), N to a whole panel.
+//
+// code4 keeps scales [panels][groups][32] and, if asymmetric, zeros of the same shape. A code becomes its value in bf16
+// through a table of 16 (integers and NF4 levels alike); the product of a group is summed in fp32 and then scaled.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "threads.h"
+#include "tiles.h"
+#include "vectors.h"
+
+namespace halftone {
+
+enum class Format : int32_t { kBf16 = 0, kInt8 = 1, kCode4 = 2 };
+
+// Mirrors serve/kernels/library.py.
+struct Linear {
+  Format format;
+  int32_t outputs, inputs, group;  // group: inputs that share a scale (code4)
+  const uint8_t* weight;
+  const float* scale;   // int8: [N]; code4: [panels][groups][32]
+  const float* offset;  // int8: 128 times the column sums, [N]; code4: zeros like scale, or null
+  const float* bias;    // [N] or null
+  const bf16* table;    // code4: 16 values
+
+  int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t steps() const { return (inputs + step_inputs() - 1) / step_inputs(); }
+  int64_t step_inputs() const { return format == Format::kInt8 ? 64 : 32; }
+  int64_t groups() const { return (inputs + group - 1) / group; }
+  int64_t panel_bytes() const { return steps() * (format == Format::kCode4 ? kPanelStep / 4 : kPanelStep); }
+};
+
+// Activations as a product wants them; rows are padded to whole steps.
+struct Activations {
+  int64_t rows = 0;
+  std::vector<bf16> wide;       // [rows][steps * 32]
+  std::vector<uint8_t> narrow;  // [rows][steps * 64], zero point 128
+  std::vector<float> scales;    // [rows], of narrow
+  std::vector<float> sums;      // [rows][groups], of wide
+  int64_t sum_group = 0;
+
+  void reserve(int64_t count, int64_t inputs) {
+    rows = count;
+    const size_t width = (inputs + 63) / 64 * 64;
+    if (wide.size() < count * width) wide.resize(count * width), narrow.resize(count * width);
+    if (scales.size() < static_cast<size_t>(count)) scales.resize(count);
+  }
+};
+
+inline int64_t padded(int64_t inputs) { return (inputs + 63) / 64 * 64; }
+
+inline void widen_row(Activations& a, int64_t row, const float* x, int64_t inputs) {
+  bf16* out = a.wide.data() + row * padded(inputs);
+  for (int64_t i = 0; i < padded(inputs); i += 16) {
+    const __mmask16 mask = i < inputs ? first(inputs - i) : 0;
+    store_bf16(out + i, _mm512_maskz_loadu_ps(mask, x + i));
+  }
+}
+
+// Symmetric, 8 bits, one scale per row, stored unsigned around 128.
+inline void narrow_row(Activations& a, int64_t row, const float* x, int64_t inputs) {
+  __m512 most = _mm512_setzero_ps();
+  for (int64_t i = 0; i < inputs; i += 16)
+    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(inputs - i), x + i)));
+  const float scale = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127.0f;
+  a.scales[row] = scale;
+  const __m512 inverse = _mm512_set1_ps(1.0f / scale);
+  uint8_t* out = a.narrow.data() + row * padded(inputs);
+  for (int64_t i = 0; i < padded(inputs); i += 16) {
+    const __mmask16 mask = i < inputs ? first(inputs - i) : 0;
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+    const __m512i shifted = _mm512_add_epi32(q, _mm512_set1_epi32(128));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtusepi32_epi8(shifted));
+  }
+}
+
+// Per group the sum of the widened row: what an asymmetric zero point is multiplied with.
+inline void sum_row(Activations& a, int64_t row, int64_t inputs, int64_t group) {
+  const int64_t groups = (inputs + group - 1) / group;
+  if (a.sums.size() < static_cast<size_t>(a.rows * groups)) a.sums.resize(a.rows * groups);
+  const bf16* x = a.wide.data() + row * padded(inputs);
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 sum = _mm512_setzero_ps();
+    const int64_t end = std::min((g + 1) * group, inputs);
+    for (int64_t i = g * group; i < end; i += 16) sum = _mm512_add_ps(sum, load_bf16(x + i, first(end - i)));
+    a.sums[row * groups + g] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+inline void prepare_row(Activations& a, int64_t row, const float* x, const Linear& linear) {
+  if (linear.format == Format::kInt8) return narrow_row(a, row, x, linear.inputs);
+  widen_row(a, row, x, linear.inputs);
+  if (linear.format == Format::kCode4 && linear.offset) sum_row(a, row, linear.inputs, linear.group);
+}
+
+// One thread's room for the results of a panel.
+struct PanelRoom {
+  alignas(64) float tile[kTileRows * 16];
+  alignas(64) bf16 unpacked[2 * kPanelStep / 2 * 64];  // the steps of one group of up to 4096 inputs
+  std::vector<float> sums;                               // [rows][32]
+  TileShape shape;
+};
+
+// 16 codes of 4 bits in 16-bit words become 4 tile rows; the table holds its values twice, so bit 4 may be anything.
+inline void unpack_step(const uint8_t* codes, __m512i table, uint8_t* out) {
+  for (int tile = 0; tile < 2; ++tile)
+    for (int quad = 0; quad < 4; ++quad) {
+      const __m512i words = _mm512_loadu_si512(codes + (tile * 4 + quad) * 64);
+      uint8_t* rows = out + quad * 4 * 128 + tile * 64;
+      _mm512_store_si512(rows, _mm512_permutexvar_epi16(words, table));
+      _mm512_store_si512(rows + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
+      _mm512_store_si512(rows + 256, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
+      _mm512_store_si512(rows + 384, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
+    }
+}
+
+template <bool kInteger>
+inline void multiply_tiles(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t steps, bool lower) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; ++s, a += kStepBytes, b += kPanelStep) {
+    for (int line = 0; line < kPanelStep; line += 64) _mm_prefetch(b + 3 * kPanelStep + line, _MM_HINT_T0);
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 64, 128);
+    _tile_loadd(4, a, a_stride);
+    if constexpr (kInteger) {
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 4, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (!lower) continue;
+    _tile_loadd(5, a + kTileRows * a_stride, a_stride);
+    if constexpr (kInteger) {
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+// Calls fold(row, half, vector of 16 raw sums) for every row of the block and both halves of the panel.
+template <typename Fold>
+inline void fold_tiles(PanelRoom& room, int64_t row, int upper, int lower, Fold&& fold) {
+  const auto drain = [&](int64_t begin, int rows, int half) {
+    for (int r = 0; r < rows; ++r) fold(begin + r, half, _mm512_load_si512(room.tile + r * 16));
+  };
+  _tile_stored(0, room.tile, 64);
+  drain(row, upper, 0);
+  _tile_stored(1, room.tile, 64);
+  drain(row, upper, 1);
+  if (!lower) return;
+  _tile_stored(2, room.tile, 64);
+  drain(row + kTileRows, lower, 0);
+  _tile_stored(3, room.tile, 64);
+  drain(row + kTileRows, lower, 1);
+}
+
+template <typename Body>
+inline void by_row_blocks(int64_t rows, Body&& body) {
+  for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
+    const int upper = static_cast<int>(std::min<int64_t>(kTileRows, rows - row));
+    const int lower = static_cast<int>(std::min<int64_t>(kTileRows, std::max<int64_t>(0, rows - row - kTileRows)));
+    body(row, upper, lower);
+  }
+}
+
+// The sums of one panel, scaled, biased: room.sums [rows][32] in fp32.
+inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+  const uint8_t* b = w.weight + panel * w.panel_bytes();
+  const int64_t stride = padded(w.inputs) * 2;
+  by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+    room.shape.use(upper, lower);
+    multiply_tiles<false>(reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride, stride, b, w.steps(), lower);
+    fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
+      _mm512_storeu_ps(room.sums.data() + r * kPanel + half * 16, _mm512_castsi512_ps(sums));
+    });
+  });
+}
+
+inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+  const uint8_t* b = w.weight + panel * w.panel_bytes();
+  const int64_t stride = padded(w.inputs), column = panel * kPanel;
+  by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+    room.shape.use(upper, lower);
+    multiply_tiles<true>(a.narrow.data() + row * stride, stride, b, w.steps(), lower);
+    fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
+      const __mmask16 mask = first(w.outputs - column - half * 16);
+      const __m512 scale = _mm512_maskz_loadu_ps(mask, w.scale + column + half * 16);
+      const __m512 offset = _mm512_maskz_loadu_ps(mask, w.offset + column + half * 16);
+      const __m512 exact = _mm512_sub_ps(_mm512_cvtepi32_ps(sums), offset);
+      const __m512 y = _mm512_mul_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[r])));
+      _mm512_storeu_ps(room.sums.data() + r * kPanel + half * 16, y);
+    });
+  });
+}
+
+inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+  const int64_t stride = padded(w.inputs) * 2, group_steps = (w.group + 31) / 32, groups = w.groups();
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.table)));
+  const uint8_t* codes = w.weight + panel * w.panel_bytes();
+  auto* unpacked = reinterpret_cast<uint8_t*>(room.unpacked);
+  std::fill_n(room.sums.data(), a.rows * kPanel, 0.0f);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first_step = g * group_steps, steps = std::min(group_steps, w.steps() - first_step);
+    for (int64_t s = 0; s < steps; ++s) {
+      const uint8_t* next = codes + (first_step + s) * (kPanelStep / 4);
+      for (int line = 0; line < kPanelStep / 4; line += 64) _mm_prefetch(next + kPanelStep * 2 + line, _MM_HINT_T0);
+      unpack_step(next, table, unpacked + s * kPanelStep);
+    }
+    settle(unpacked);
+    const float* scales = w.scale + (panel * groups + g) * kPanel;
+    const float* zeros = w.offset ? w.offset + (panel * groups + g) * kPanel : nullptr;
+    by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+      room.shape.use(upper, lower);
+      const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride + first_step * kStepBytes;
+      multiply_tiles<false>(x, stride, unpacked, steps, lower);
+      fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
+        __m512 y = _mm512_castsi512_ps(sums);
+        if (zeros)
+          y = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + half * 16), _mm512_set1_ps(a.sums[r * groups + g]), y);
+        float* total = room.sums.data() + r * kPanel + half * 16;
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(y, _mm512_loadu_ps(scales + half * 16), _mm512_loadu_ps(total)));
+      });
+    });
+  }
+}
+
+inline void compute_panel(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+  if (room.sums.size() < static_cast<size_t>(a.rows * kPanel)) room.sums.resize(a.rows * kPanel);
+  if (w.format == Format::kInt8) panel_int8(room, w, a, panel);
+  else if (w.format == Format::kBf16) panel_dense(room, w, a, panel);
+  else panel_code4(room, w, a, panel);
+  if (!w.bias) return;
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int half = 0; half < 2; ++half) {
+      float* y = room.sums.data() + r * kPanel + half * 16;
+      const int64_t column = panel * kPanel + half * 16;
+      const __m512 bias = _mm512_maskz_loadu_ps(first(std::max<int64_t>(0, w.outputs - column)), w.bias + column);
+      _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), bias));
+    }
+}
+
+// How many panels to take at once: about 128 KiB of weights.
+inline int64_t panel_chunk(const Linear& w) { return std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, w.panel_bytes())); }
+
+}  // namespace halftone
