@@ -1,5 +1,5 @@
 // The C surface that serve/kernels/library.py loads. Plain pointers, no Python, no torch: it builds in seconds.
-#include "linear.h"
+#include "decoder.h"
 
 using namespace halftone;
 
@@ -50,8 +50,7 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
   Team& team = *static_cast<Team*>(team_pointer);
   static thread_local Activations activations;
   Activations& a = activations;
-  a.reserve(rows, w->inputs);
-  if (w->format == Format::kCode4 && w->offset) a.sums.resize(std::max<size_t>(a.sums.size(), rows * w->groups()));
+  a.reserve(rows, w->inputs, w->format == Format::kCode4 ? w->groups() : 0);
   team.run([&](int) {
     team.deal(0, rows, 8, [&](int64_t begin, int64_t end) {
       std::vector<float> row(w->inputs);
@@ -64,10 +63,11 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
       }
     });
     team.barrier();
-    PanelRoom room;
+    TileShape shape;
+    PanelRoom room(shape);
     team.deal(1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        compute_panel(room, *w, a, panel);
+        compute_panel(room, *w, a, rows, panel);
         for (int64_t r = 0; r < rows; ++r)
           for (int half = 0; half < 2; ++half) {
             const int64_t column = panel * kPanel + half * 16;
@@ -77,7 +77,13 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
           }
       }
     });
+    shape.release();
   });
 }
+
+// `model` and everything that it points to must outlive the decoder.
+void* ht_decoder(void* team, const Model* model) { return new Decoder(*static_cast<Team*>(team), *model); }
+void ht_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
+void ht_decode(void* decoder, const Step* step) { static_cast<Decoder*>(decoder)->run(*step); }
 
 }  // extern "C"

@@ -39,24 +39,29 @@ struct Linear {
   int64_t panel_bytes() const { return steps() * (format == Format::kCode4 ? kPanelStep / 4 : kPanelStep); }
 };
 
-// Activations as a product wants them; rows are padded to whole steps.
+// Rows of activations as a product wants them, padded to whole steps. Sized once by whoever owns them.
 struct Activations {
-  int64_t rows = 0;
-  std::vector<bf16> wide;       // [rows][steps * 32]
-  std::vector<uint8_t> narrow;  // [rows][steps * 64], zero point 128
+  std::vector<bf16> wide;       // [rows][padded inputs]
+  std::vector<uint8_t> narrow;  // [rows][padded inputs], zero point 128
   std::vector<float> scales;    // [rows], of narrow
   std::vector<float> sums;      // [rows][groups], of wide
-  int64_t sum_group = 0;
 
-  void reserve(int64_t count, int64_t inputs) {
-    rows = count;
-    const size_t width = (inputs + 63) / 64 * 64;
-    if (wide.size() < count * width) wide.resize(count * width), narrow.resize(count * width);
-    if (scales.size() < static_cast<size_t>(count)) scales.resize(count);
-  }
+  void reserve(int64_t rows, int64_t inputs, int64_t groups);
 };
 
+template <typename T>
+inline void grow(std::vector<T>& v, int64_t size) {
+  if (v.size() < static_cast<size_t>(size)) v.resize(size);
+}
+
 inline int64_t padded(int64_t inputs) { return (inputs + 63) / 64 * 64; }
+
+inline void Activations::reserve(int64_t rows, int64_t inputs, int64_t groups) {
+  grow(wide, rows * padded(inputs));
+  grow(narrow, rows * padded(inputs));
+  grow(scales, rows);
+  grow(sums, rows * groups);
+}
 
 inline void widen_row(Activations& a, int64_t row, const float* x, int64_t inputs) {
   bf16* out = a.wide.data() + row * padded(inputs);
@@ -86,7 +91,6 @@ inline void narrow_row(Activations& a, int64_t row, const float* x, int64_t inpu
 // Per group the sum of the widened row: what an asymmetric zero point is multiplied with.
 inline void sum_row(Activations& a, int64_t row, int64_t inputs, int64_t group) {
   const int64_t groups = (inputs + group - 1) / group;
-  if (a.sums.size() < static_cast<size_t>(a.rows * groups)) a.sums.resize(a.rows * groups);
   const bf16* x = a.wide.data() + row * padded(inputs);
   for (int64_t g = 0; g < groups; ++g) {
     __m512 sum = _mm512_setzero_ps();
@@ -107,7 +111,9 @@ struct PanelRoom {
   alignas(64) float tile[kTileRows * 16];
   alignas(64) bf16 unpacked[2 * kPanelStep / 2 * 64];  // the steps of one group of up to 4096 inputs
   std::vector<float> sums;                               // [rows][32]
-  TileShape shape;
+  TileShape& shape;
+
+  explicit PanelRoom(TileShape& thread_shape) : shape(thread_shape) {}
 };
 
 // 16 codes of 4 bits in 16-bit words become 4 tile rows; the table holds its values twice, so bit 4 may be anything.
@@ -180,10 +186,10 @@ inline void by_row_blocks(int64_t rows, Body&& body) {
 }
 
 // The sums of one panel, scaled, biased: room.sums [rows][32] in fp32.
-inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   const uint8_t* b = w.weight + panel * w.panel_bytes();
   const int64_t stride = padded(w.inputs) * 2;
-  by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+  by_row_blocks(rows, [&](int64_t row, int upper, int lower) {
     room.shape.use(upper, lower);
     multiply_tiles<false>(reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride, stride, b, w.steps(), lower);
     fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
@@ -192,10 +198,10 @@ inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, 
   });
 }
 
-inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   const uint8_t* b = w.weight + panel * w.panel_bytes();
   const int64_t stride = padded(w.inputs), column = panel * kPanel;
-  by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+  by_row_blocks(rows, [&](int64_t row, int upper, int lower) {
     room.shape.use(upper, lower);
     multiply_tiles<true>(a.narrow.data() + row * stride, stride, b, w.steps(), lower);
     fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
@@ -209,12 +215,12 @@ inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, i
   });
 }
 
-inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
+inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   const int64_t stride = padded(w.inputs) * 2, group_steps = (w.group + 31) / 32, groups = w.groups();
   const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.table)));
   const uint8_t* codes = w.weight + panel * w.panel_bytes();
   auto* unpacked = reinterpret_cast<uint8_t*>(room.unpacked);
-  std::fill_n(room.sums.data(), a.rows * kPanel, 0.0f);
+  std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first_step = g * group_steps, steps = std::min(group_steps, w.steps() - first_step);
     for (int64_t s = 0; s < steps; ++s) {
@@ -225,7 +231,7 @@ inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, 
     settle(unpacked);
     const float* scales = w.scale + (panel * groups + g) * kPanel;
     const float* zeros = w.offset ? w.offset + (panel * groups + g) * kPanel : nullptr;
-    by_row_blocks(a.rows, [&](int64_t row, int upper, int lower) {
+    by_row_blocks(rows, [&](int64_t row, int upper, int lower) {
       room.shape.use(upper, lower);
       const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride + first_step * kStepBytes;
       multiply_tiles<false>(x, stride, unpacked, steps, lower);
@@ -240,13 +246,13 @@ inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, 
   }
 }
 
-inline void compute_panel(PanelRoom& room, const Linear& w, const Activations& a, int64_t panel) {
-  if (room.sums.size() < static_cast<size_t>(a.rows * kPanel)) room.sums.resize(a.rows * kPanel);
-  if (w.format == Format::kInt8) panel_int8(room, w, a, panel);
-  else if (w.format == Format::kBf16) panel_dense(room, w, a, panel);
-  else panel_code4(room, w, a, panel);
+inline void compute_panel(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
+  grow(room.sums, rows * kPanel);
+  if (w.format == Format::kInt8) panel_int8(room, w, a, rows, panel);
+  else if (w.format == Format::kBf16) panel_dense(room, w, a, rows, panel);
+  else panel_code4(room, w, a, rows, panel);
   if (!w.bias) return;
-  for (int64_t r = 0; r < a.rows; ++r)
+  for (int64_t r = 0; r < rows; ++r)
     for (int half = 0; half < 2; ++half) {
       float* y = room.sums.data() + r * kPanel + half * 16;
       const int64_t column = panel * kPanel + half * 16;

@@ -38,13 +38,10 @@ struct __attribute__((packed)) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Accumulators 0-3 (two row blocks x two column tiles), A in 4 and 5, B in 6 and 7.
+// What the tile registers of the running thread are configured for: accumulators 0-3 (two row blocks x two column
+// tiles), A in 4 and 5, B in 6 and 7.
 class TileShape {
  public:
-  ~TileShape() {
-    if (upper_ >= 0) _tile_release();
-  }
-
   void use(int upper, int lower) {
     if (upper == upper_ && lower == lower_) return;
     upper_ = upper, lower_ = lower;
@@ -56,6 +53,15 @@ class TileShape {
     config.rows[6] = config.rows[7] = kTileRows;
     settle(&config);
     _tile_loadconfig(&config);
+  }
+
+  // Somebody else configured the registers.
+  void forget() { upper_ = -1; }
+
+  // Gives the registers back: other libraries on this thread configure their own, and an empty state switches faster.
+  void release() {
+    forget();
+    _tile_release();
   }
 
  private:
