@@ -21,7 +21,7 @@ struct Model {
   int64_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, head_stride;
   float epsilon, scaling;
   const Layer* layers;
-  const bf16* embedding;
+  const bf16* embedding;  // [vocabulary][hidden], or null: tied, read from the head's packed bf16
   const float* final_norm;
   Linear head;
   const float *cosines, *sines;  // [positions][head_dim / 2]
@@ -120,6 +120,7 @@ class Decoder {
   }
 
   void embed(int64_t row, int64_t token) {
+    if (!m_.embedding) return unpack_row(m_.head, token, &x_[row * m_.hidden]);
     for (int64_t i = 0; i < m_.hidden; i += 16) {
       const __mmask16 mask = first(m_.hidden - i);
       _mm512_mask_storeu_ps(&x_[row * m_.hidden + i], mask, load_bf16(m_.embedding + token * m_.hidden + i, mask));

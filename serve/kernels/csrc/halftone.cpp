@@ -19,6 +19,7 @@ void pack_words(const uint8_t* w, int64_t outputs, int64_t row_bytes, int64_t st
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int ht_supported() { return tiles_granted() ? 1 : 0; }
@@ -31,6 +32,15 @@ int64_t ht_packed_bytes(const Linear* w) { return w->panels() * w->panel_bytes()
 // weight: [N, K] of bf16 or int8; out: ht_packed_bytes zeroed bytes.
 void ht_pack(const Linear* w, const uint8_t* weight, uint8_t* out) {
   pack_words(weight, w->outputs, w->format == Format::kInt8 ? w->inputs : w->inputs * 2, w->steps(), out);
+}
+
+// The inverse of ht_pack, into [N, K].
+void ht_unpack(const Linear* w, uint8_t* weight) {
+  const int64_t row_bytes = w->format == Format::kInt8 ? w->inputs : w->inputs * 2;
+  for (int64_t column = 0; column < w->outputs; ++column) {
+    const uint8_t* panel = w->weight + column / kPanel * w->panel_bytes() + column % kPanel * 4;
+    for (int64_t at = 0; at < row_bytes; ++at) weight[column * row_bytes + at] = panel[at / 4 * kPanel * 4 + at % 4];
+  }
 }
 
 // codes: [N, K], one 4-bit code a byte; `fill` is the code whose value pads K.
@@ -87,3 +97,4 @@ void ht_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 void ht_decode(void* decoder, const Step* step) { static_cast<Decoder*>(decoder)->run(*step); }
 
 }  // extern "C"
+#pragma GCC visibility pop

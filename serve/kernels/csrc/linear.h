@@ -6,8 +6,9 @@
 //   code4  [panels][K/32][2][4][32]  16-bit words; nibble r of word (q, column, parity) is the code of row pair 4 q + r
 // K is padded with zeros to a whole step (32 inputs; 64 for int8), N to a whole panel.
 //
-// code4 keeps scales [panels][groups][32] and, if asymmetric, zeros of the same shape. A code becomes its value in bf16
-// through a table of 16 (integers and NF4 levels alike); the product of a group is summed in fp32 and then scaled.
+// code4 keeps scales [panels][groups][32] and, if asymmetric, zeros of the same shape, in fp32 or bf16. A code becomes
+// its value in bf16 through a table of 16 (integers and NF4 levels alike); a group's product is summed in fp32 and then
+// scaled: sum over groups of scale * (codes . x - zero * sum of x).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -25,10 +26,11 @@ enum class Format : int32_t { kBf16 = 0, kInt8 = 1, kCode4 = 2 };
 // Mirrors serve/kernels/library.py.
 struct Linear {
   Format format;
-  int32_t outputs, inputs, group;  // group: inputs that share a scale (code4)
+  int32_t outputs, inputs, group;  // group: inputs that share a scale (code4), a multiple of 32
+  int32_t half_scales;             // code4: scale and offset are bf16, else fp32
   const uint8_t* weight;
-  const float* scale;   // int8: [N]; code4: [panels][groups][32]
-  const float* offset;  // int8: 128 times the column sums, [N]; code4: zeros like scale, or null
+  const void* scale;   // int8: fp32 [N]; code4: [panels][groups][32]
+  const void* offset;  // int8: 128 times the column sums, fp32 [N]; code4: zeros like scale, or null
   const float* bias;    // [N] or null
   const bf16* table;    // code4: 16 values
 
@@ -36,6 +38,10 @@ struct Linear {
   int64_t steps() const { return (inputs + step_inputs() - 1) / step_inputs(); }
   int64_t step_inputs() const { return format == Format::kInt8 ? 64 : 32; }
   int64_t groups() const { return (inputs + group - 1) / group; }
+  __m512 grid(const void* values, int64_t at) const {
+    return half_scales ? load_bf16(static_cast<const bf16*>(values) + at)
+                       : _mm512_loadu_ps(static_cast<const float*>(values) + at);
+  }
   int64_t panel_bytes() const { return steps() * (format == Format::kCode4 ? kPanelStep / 4 : kPanelStep); }
 };
 
@@ -104,6 +110,16 @@ inline void prepare_row(Activations& a, int64_t row, const float* x, const Linea
   if (linear.format == Format::kInt8) return narrow_row(a, row, x, linear.inputs);
   widen_row(a, row, x, linear.inputs);
   if (linear.format == Format::kCode4 && linear.offset) sum_row(a, row, linear.inputs, linear.group);
+}
+
+// Row `output` of a bf16 weight, out of its packed layout: how a tied embedding is read.
+inline void unpack_row(const Linear& w, int64_t output, float* out) {
+  const uint8_t* column = w.weight + output / kPanel * w.panel_bytes() + output % kPanel * 4;
+  for (int64_t i = 0; i < w.inputs; ++i) {
+    bf16 value;
+    std::memcpy(&value, column + i / 2 * kPanel * 4 + i % 2 * 2, 2);
+    out[i] = from_bf16(value);
+  }
 }
 
 // One thread's room for the results of a panel.
@@ -206,8 +222,8 @@ inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, i
     multiply_tiles<true>(a.narrow.data() + row * stride, stride, b, w.steps(), lower);
     fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
       const __mmask16 mask = first(w.outputs - column - half * 16);
-      const __m512 scale = _mm512_maskz_loadu_ps(mask, w.scale + column + half * 16);
-      const __m512 offset = _mm512_maskz_loadu_ps(mask, w.offset + column + half * 16);
+      const __m512 scale = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.scale) + column + half * 16);
+      const __m512 offset = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.offset) + column + half * 16);
       const __m512 exact = _mm512_sub_ps(_mm512_cvtepi32_ps(sums), offset);
       const __m512 y = _mm512_mul_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[r])));
       _mm512_storeu_ps(room.sums.data() + r * kPanel + half * 16, y);
@@ -229,18 +245,19 @@ inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, 
       unpack_step(next, table, unpacked + s * kPanelStep);
     }
     settle(unpacked);
-    const float* scales = w.scale + (panel * groups + g) * kPanel;
-    const float* zeros = w.offset ? w.offset + (panel * groups + g) * kPanel : nullptr;
+    const int64_t at = (panel * groups + g) * kPanel;
+    const __m512 scales[2] = {w.grid(w.scale, at), w.grid(w.scale, at + 16)};
+    const __m512 none = _mm512_setzero_ps();
+    const __m512 zeros[2] = {w.offset ? w.grid(w.offset, at) : none, w.offset ? w.grid(w.offset, at + 16) : none};
     by_row_blocks(rows, [&](int64_t row, int upper, int lower) {
       room.shape.use(upper, lower);
       const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride + first_step * kStepBytes;
       multiply_tiles<false>(x, stride, unpacked, steps, lower);
       fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
         __m512 y = _mm512_castsi512_ps(sums);
-        if (zeros)
-          y = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + half * 16), _mm512_set1_ps(a.sums[r * groups + g]), y);
+        if (w.offset) y = _mm512_fnmadd_ps(zeros[half], _mm512_set1_ps(a.sums[r * groups + g]), y);
         float* total = room.sums.data() + r * kPanel + half * 16;
-        _mm512_storeu_ps(total, _mm512_fmadd_ps(y, _mm512_loadu_ps(scales + half * 16), _mm512_loadu_ps(total)));
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(y, scales[half], _mm512_loadu_ps(total)));
       });
     });
   }

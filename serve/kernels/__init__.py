@@ -1,0 +1,11 @@
+"""Products and a whole decoder step in C++, for CPUs with tile registers (Intel AMX); optional.
+
+Knows tensors and number formats, neither recipes nor models nor requests. Where there is no such CPU or no compiler,
+`unavailable()` says why, and everything else in Halftone runs on its plain path.
+"""
+
+from serve.kernels.decoder import Decoder, DecoderShape, LayerWeights, Span
+from serve.kernels.library import unavailable
+from serve.kernels.linear import PackedLinear
+
+__all__ = ["Decoder", "DecoderShape", "LayerWeights", "PackedLinear", "Span", "unavailable"]

@@ -1,0 +1,153 @@
+"""A Llama-shaped decoder as one call per step: every layer, the paged attention and the head, without Python between.
+
+Knows tensors, not models: whoever builds it says which projection is which (`serve.engine.native`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve.kernels.library import Layer, Model, SpanRange, Step, address, library, team
+from serve.kernels.linear import PackedLinear
+
+__all__ = ["Decoder", "DecoderShape", "LayerWeights", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """The sizes of the model. head_dim is a multiple of 32 and at most 256; hidden and intermediate are free."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    epsilon: float
+    scaling: float
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer: seven projections, float32 norm weights, and its part of the KV cache.
+
+    keys, values: bf16 `[kv_heads, blocks, block_size, head_dim]`. query_norm, key_norm: `[head_dim]` (Qwen3) or None.
+    window: how many tokens a query sees, itself included; None sees all.
+    """
+
+    query: PackedLinear
+    key: PackedLinear
+    value: PackedLinear
+    output: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    input_norm: Tensor
+    post_norm: Tensor
+    keys: Tensor
+    values: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive rows of a step that are one sequence's tokens, from `first_position` on. blocks: its block table."""
+
+    first_row: int
+    num_rows: int
+    first_position: int
+    blocks: Tensor  # int64 [num_blocks]
+
+
+class Decoder:
+    """Not thread-safe: one step at a time, from one thread. Everything is bf16 or compressed; the residual is fp32."""
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layers: Sequence[LayerWeights],
+        *,
+        embedding: Tensor | None,
+        final_norm: Tensor,
+        head: PackedLinear,
+        cosines: Tensor,
+        sines: Tensor,
+        threads: int,
+    ) -> None:
+        """embedding: bf16 `[vocabulary, hidden]`, or None where it is tied to a bf16 head.
+
+        cosines, sines: float32 `[positions, head_dim / 2]`.
+        """
+        self._kept = (list(layers), embedding, final_norm, head, cosines, sines)
+        self._layers = (Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self.vocabulary = head.spec.outputs
+        blocks = layers[0].keys.shape[1]
+        self._model = Model(
+            num_layers=len(layers),
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.intermediate,
+            block_size=shape.block_size,
+            head_stride=blocks * shape.block_size * shape.head_dim,
+            epsilon=shape.epsilon,
+            scaling=shape.scaling,
+            layers=ctypes.addressof(self._layers),
+            embedding=address(embedding, torch.bfloat16 if embedding is not None else None),
+            final_norm=address(final_norm, torch.float32),
+            head=head.spec,
+            cosines=address(cosines, torch.float32),
+            sines=address(sines, torch.float32),
+        )
+        self._decoder = library().ht_decoder(team(threads), byref(self._model))
+
+    def __del__(self) -> None:
+        if decoder := getattr(self, "_decoder", None):
+            library().ht_decoder_free(decoder)
+
+    def step(self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span], logit_rows: Tensor) -> Tensor:
+        """token_ids, positions: int64 `[N]`; logit_rows: int64 `[R]`. Returns float32 `[R, vocabulary]`.
+
+        The new keys and values are in the cache afterwards.
+        """
+        ranges = (SpanRange * len(spans))(
+            *(SpanRange(s.first_row, s.num_rows, s.first_position, len(s.blocks), address(s.blocks)) for s in spans)
+        )
+        lengths = torch.tensor([span.num_rows for span in spans])
+        row_spans = torch.repeat_interleave(torch.arange(len(spans)), lengths)
+        logits = torch.empty(len(logit_rows), self.vocabulary)
+        step = Step(
+            num_rows=len(token_ids),
+            num_spans=len(spans),
+            num_logits=len(logit_rows),
+            token_ids=address(token_ids, torch.int64),
+            positions=address(positions, torch.int64),
+            logit_rows=address(logit_rows, torch.int64),
+            spans=ctypes.addressof(ranges),
+            row_spans=address(row_spans, torch.int64),
+            logits=address(logits),
+        )
+        library().ht_decode(self._decoder, byref(step))
+        return logits
+
+
+def _layer(weights: LayerWeights) -> Layer:
+    return Layer(
+        **{name: getattr(weights, name).spec for name in ("query", "key", "value", "output", "gate", "up", "down")},
+        input_norm=address(weights.input_norm, torch.float32),
+        post_norm=address(weights.post_norm, torch.float32),
+        query_norm=address(weights.query_norm),
+        key_norm=address(weights.key_norm),
+        keys=address(weights.keys, torch.bfloat16),
+        values=address(weights.values, torch.bfloat16),
+        window=weights.window or 0,
+    )

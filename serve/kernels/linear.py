@@ -1,0 +1,116 @@
+"""A linear layer's weights in the kernels' layout: 32 output columns a panel, each panel one stream of memory.
+
+One arithmetic per format, whatever the number of rows, and the sum over a row never depends on the rows beside it:
+
+    bf16    products of bf16 summed in fp32
+    int8    activations in 8 bits per token, exact integer sums, then both scales
+    code4   the code's value in bf16, products summed in fp32 per group, then the group's scale
+
+`reference` is the same by plain torch.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from serve.kernels.library import Linear, address, library, team
+
+__all__ = ["PackedLinear"]
+
+_PANEL = 32
+_BF16, _INT8, _CODE4 = range(3)
+
+
+class PackedLinear:
+    """`y = x W^T + b` for `x [rows, inputs]` in bf16. Owns its tensors; `spec` points into them."""
+
+    def __init__(self, spec: Linear, tensors: dict[str, Tensor]) -> None:
+        self.spec = spec
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            setattr(spec, name, address(tensor))
+
+    @classmethod
+    def bf16(cls, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """weight: bf16 `[outputs, inputs]`."""
+        spec = Linear(format=_BF16, outputs=weight.shape[0], inputs=weight.shape[1])
+        return cls(spec, {"weight": _pack(spec, weight, torch.bfloat16), **_bias(bias)})
+
+    @classmethod
+    def int8(cls, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """weight: int8 `[outputs, inputs]`; scale: float32 `[outputs]`."""
+        spec = Linear(format=_INT8, outputs=weight.shape[0], inputs=weight.shape[1])
+        offset = weight.sum(dim=1, dtype=torch.int32).mul_(128).float()
+        tensors = {"weight": _pack(spec, weight, torch.int8), "scale": scale.contiguous().float(), "offset": offset}
+        return cls(spec, {**tensors, **_bias(bias)})
+
+    @classmethod
+    def code4(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        levels: Tensor,
+        group_size: int,
+        bias: Tensor | None = None,
+    ) -> PackedLinear:
+        """`weight[o, i] = scales[o, g] * (levels[codes[o, i]] - zeros[o, g])`, g = i // group_size.
+
+        codes: uint8 `[outputs, inputs]`; scales, zeros: bf16 or float32 `[outputs, groups]`; levels: 16 values that
+        bf16 holds. Raises ValueError for a group size that is no multiple of 32.
+        """
+        if group_size % 32:
+            raise ValueError(f"groups of {group_size} do not fill whole tiles of 32 inputs")
+        half = scales.dtype == torch.bfloat16
+        spec = Linear(format=_CODE4, outputs=codes.shape[0], inputs=codes.shape[1], group=group_size, half_scales=half)
+        nearest_zero = int(levels.float().abs().argmin()) if zeros is None else 0
+        packed = torch.zeros(library().ht_packed_bytes(byref(spec)), dtype=torch.uint8)
+        library().ht_pack_codes(byref(spec), address(codes.contiguous(), torch.uint8), nearest_zero, address(packed))
+        tensors = {"weight": packed, "scale": _by_panel(scales), "table": levels.to(torch.bfloat16).contiguous()}
+        if zeros is not None:
+            tensors["offset"] = _by_panel(zeros.to(scales.dtype))
+        return cls(spec, {**tensors, **_bias(bias)})
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: bf16 `[rows, inputs]`; returns bf16 `[rows, outputs]`."""
+        y = x.new_empty(x.shape[0], self.spec.outputs)
+        if len(x):
+            x = x.contiguous()
+            threads = team(torch.get_num_threads())
+            library().ht_linear(threads, byref(self.spec), address(x, torch.bfloat16), len(x), address(y))
+        return y
+
+    def unpacked(self) -> Tensor:
+        """The bf16 or int8 weight that was packed, `[outputs, inputs]`."""
+        assert self.spec.format != _CODE4
+        dtype = torch.int8 if self.spec.format == _INT8 else torch.bfloat16
+        weight = torch.empty(self.spec.outputs, self.spec.inputs, dtype=dtype)
+        library().ht_unpack(byref(self.spec), address(weight))
+        return weight
+
+    @property
+    def nbytes(self) -> int:
+        """Everything that it holds."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+def _pack(spec: Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    packed = torch.zeros(library().ht_packed_bytes(byref(spec)), dtype=torch.uint8)
+    library().ht_pack(byref(spec), address(weight.contiguous(), dtype), address(packed))
+    return packed
+
+
+def _bias(bias: Tensor | None) -> dict[str, Tensor]:
+    return {} if bias is None else {"bias": bias.detach().float().contiguous()}
+
+
+def _by_panel(values: Tensor) -> Tensor:
+    """`[outputs, groups]` to `[panels, groups, 32]`, padded with zeros."""
+    outputs, groups = values.shape
+    panels = -(-outputs // _PANEL)
+    padded = values.new_zeros(panels * _PANEL, groups)
+    padded[:outputs] = values
+    return padded.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
