@@ -11,13 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from serve.engine.answer import Answer
 from serve.engine.architecture import adopt
 from serve.engine.blocks import BlockPool
 from serve.engine.inputs import StepInputs, make_inputs
 from serve.engine.intake import context_tokens, end_token_ids, sequences_of
-from serve.engine.kv_cache import KVCache
+from serve.engine.kv_cache import KVCache, LayerShape
 from serve.engine.memory import free_bytes
+from serve.engine.native import NativeRunner, accelerate
+from serve.engine.runner import Runner
 from serve.engine.sampler import RowLogprobs, choose, row_logprobs
 from serve.engine.scheduler import Chunk, Plan, Scheduler
 from serve.engine.sequence import Sequence
@@ -44,6 +48,7 @@ class EngineCore:
     """One model with its KV cache, and the answers that are being made. `settings` has every "auto" filled in."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> None:
+        self._runner: Runner | NativeRunner
         self._runner, layers = adopt(model)
         config = model.config.get_text_config()
         bytes_per_token = sum(layer.bytes_per_token for layer in layers)
@@ -55,6 +60,7 @@ class EngineCore:
         )
         num_blocks = (self.settings.kv_cache_bytes or 0) // (self.settings.block_size * bytes_per_token)
         self._cache = KVCache(layers, num_blocks, self.settings.block_size)
+        self.path = self._quicken(model, layers)
         self._pool = BlockPool(num_blocks)
         self.vocabulary_size = int(config.vocab_size)
         scored_tokens = max(_SCORED_BYTES // (4 * self.vocabulary_size), 1)
@@ -64,6 +70,16 @@ class EngineCore:
         self._answers: dict[str, Answer] = {}
         self._arrivals = 0
         self._counters = Counters()
+
+    def _quicken(self, model: Any, layers: list[LayerShape]) -> str:
+        """Take the lean step where it covers the model; one line that says which path runs."""
+        if not self.settings.native:
+            return "plain path: switched off by the setting `native`"
+        runner = accelerate(model, layers, self._cache, self.settings.threads or torch.get_num_threads())
+        if isinstance(runner, str):
+            return f"plain path: {runner}"
+        self._runner = runner
+        return "native path"
 
     @property
     def is_idle(self) -> bool:

@@ -43,6 +43,8 @@ class Engine:
         self._core = EngineCore(model, tokenizer, settings)
         self.settings = self._core.settings
         """As asked for, with every "auto" filled in."""
+        self.path = self._core.path
+        """Which path makes the steps, for the load report: native, or plain and why."""
         self._sink = sink
         self._wake = threading.Condition()
         """Guards what follows: the only state that two threads share."""

@@ -101,6 +101,19 @@ def test_all_zero_activations_give_zeros_and_not_nan() -> None:
     assert torch.equal(packed(torch.zeros(3, 64, dtype=torch.bfloat16)), torch.zeros(3, 32, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_that_is_not_finite_shows_in_its_whole_output_and_in_no_other(bad: float) -> None:
+    x = activations(3, 64)
+    x[1, 5] = bad
+    for packed in (
+        PackedLinear.int8(torch.ones(40, 64, dtype=torch.int8), torch.ones(40)),
+        PackedLinear.bf16(torch.ones(40, 64, dtype=torch.bfloat16)),
+    ):
+        y = packed(x)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
 def test_a_group_that_does_not_fill_tiles_is_refused() -> None:
     with pytest.raises(ValueError, match="whole tiles"):
         PackedLinear.code4(torch.zeros(8, 48, dtype=torch.uint8), torch.ones(8, 2), None, torch.arange(16.0), 24)

@@ -6,8 +6,9 @@ the batch. The two scales are multiplied back in afterwards:
 
     y[t, o] = (sum_i q_x[t, i] q_w[o, i]) * scale_w[o] * scale_x[t] + bias[o]
 
-Kernels: oneDNN's VNNI product where the CPU has it (it wants *unsigned* activations: the stored byte is q + 128, zero
-point 128), `_int_mm` elsewhere. All give the same integers as the reference.
+Kernels: our tile product where the CPU has tile registers and the activations are bf16; oneDNN's VNNI product where the
+CPU has it (it wants *unsigned* activations: the stored byte is q + 128, zero point 128); `_int_mm` elsewhere. All give
+the same integers as the reference.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from serve.compression.formats.linear import CompressedLinear, LinearSpec, Storage
+from serve.kernels import PackedLinear, unavailable
 
 __all__ = ["Int8Linear", "quantize_rows", "quantize_tokens"]
 
@@ -53,11 +55,18 @@ class Int8Linear(CompressedLinear):
         super().__init__(spec)
         self.declare("weight", (spec.out_features, spec.in_features), torch.int8)
         self.declare("scale", (spec.out_features,), torch.float32)
+        self.packed: PackedLinear | None = None
         self._packed: Tensor | None = None
         self._zero_points: Tensor | None = None
 
     def _prepare(self) -> None:
-        if self.weight.device.type != "cpu" or not has_int8_dot():
+        if self.weight.device.type != "cpu":
+            return
+        if self.spec.dtype is torch.bfloat16 and unavailable() is None:
+            self.packed = PackedLinear.int8(self.weight, self.scale, self.bias)
+            self.weight = self.weight.new_empty(0)
+            return
+        if not has_int8_dot():
             return
         self._packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
         self._zero_points = _zero_points(self.out_features)
@@ -65,6 +74,8 @@ class Int8Linear(CompressedLinear):
 
     @property
     def kernel(self) -> str:
+        if self.packed is not None:
+            return "int8 tiles"
         return "int8 onednn.qlinear_pointwise" if self._packed is not None else "int8 _int_mm"
 
     def storage(self) -> Storage:
@@ -72,6 +83,8 @@ class Int8Linear(CompressedLinear):
         return Storage(self.out_features * self.in_features, plain.metadata_bytes, plain.bias_bytes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and x.dtype is torch.bfloat16:
+            return self.packed(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         tokens, scale = quantize_tokens(x.reshape(-1, self.in_features))
         if self._packed is not None:
             product = self._onednn(tokens)

@@ -79,11 +79,14 @@ inline void widen_row(Activations& a, int64_t row, const float* x, int64_t input
 
 // Symmetric, 8 bits, one scale per row, stored unsigned around 128.
 inline void narrow_row(Activations& a, int64_t row, const float* x, int64_t inputs) {
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t i = 0; i < inputs; i += 16)
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(inputs - i), x + i)));
+  __m512 most = _mm512_setzero_ps(), taint = _mm512_setzero_ps();
+  for (int64_t i = 0; i < inputs; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(first(inputs - i), x + i);
+    most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    taint = _mm512_fmadd_ps(v, _mm512_setzero_ps(), taint);  // 0, or NaN where anything was not finite
+  }
   const float scale = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127.0f;
-  a.scales[row] = scale;
+  a.scales[row] = scale + _mm512_reduce_add_ps(taint);  // so that the whole output says so
   const __m512 inverse = _mm512_set1_ps(1.0f / scale);
   uint8_t* out = a.narrow.data() + row * padded(inputs);
   for (int64_t i = 0; i < padded(inputs); i += 16) {
