@@ -18,6 +18,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) --editable '.$(EXTRAS)'
+	@$(BIN)/python -m serve.kernels
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
