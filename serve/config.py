@@ -43,8 +43,8 @@ class Config:
 
     def resolved(self, *, cpus: float, gpus: float) -> Config:
         """With every "auto" decided for a machine of that size."""
-        share = len(self.variants)
-        return replace(self, variants=tuple(v.resolved(cpus=cpus, gpus=gpus, variants=share) for v in self.variants))
+        count = sum(variant.resources.replicas for variant in self.variants)
+        return replace(self, variants=tuple(v.resolved(cpus=cpus, gpus=gpus, replicas=count) for v in self.variants))
 
 
 def load_config(path: Path) -> Config:
@@ -212,7 +212,8 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(path, _unknown(str(first["loc"][-1]), list(_section(first["loc"][:-1]).model_fields)))
     if first["type"] == "missing":
         return ConfigError(path, "is missing")
-    return ConfigError(path, f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}")
+    got = "" if first["loc"][0] == "api" else f", got {first['input']!r}"  # keys are secrets
+    return ConfigError(path, f"{first['msg'][0].lower()}{first['msg'][1:]}{got}")
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -92,10 +92,10 @@ def serving(split: Split, ready: set[str]) -> Split | None:
     weights = {name: weight if name in ready else 0.0 for name, weight in split.weights.items()}
     present = math.fsum(weights.values())
     if split.stable in ready:
-        return replace(split, weights={**weights, split.stable: weights[split.stable] + 100.0 - present})
+        return replace(split, weights={**weights, split.stable: 100.0 - (present - weights[split.stable])})
     if not present:
         return None
     heaviest = max(weights, key=weights.__getitem__)
     canary = None if split.canary == heaviest else split.canary
-    dealt = {name: 100.0 * weight / present for name, weight in weights.items()}
+    dealt = {name: min(100.0, 100.0 * weight / present) for name, weight in weights.items()}
     return replace(split, stable=heaviest, canary=canary, weights=dealt)

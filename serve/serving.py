@@ -29,6 +29,7 @@ from serve.local import LocalServer
 __all__ = ["run"]
 
 _DRAIN_S = 30.0
+_EMBEDDED = "builtin:storyteller"
 
 
 class _Stopped(BaseException):
@@ -89,12 +90,12 @@ def _signals() -> Iterator[_Stop]:
 
 def _with_local_source(config: Config) -> Config:
     """A Hub id is fetched here, once and with its progress shown, and not by every replica."""
-    remote = {v.source for v in config.variants if not v.source.startswith("builtin:") and not Path(v.source).is_dir()}
-    if not remote:
+    elsewhere = {v.source for v in config.variants if v.source != _EMBEDDED and not Path(v.source).is_dir()}
+    if not elsewhere:
         return config
     from serve.compression.checkpoints import find_source
 
-    folders = {source: str(find_source(source)) for source in remote}
+    folders = {source: str(find_source(source)) for source in elsewhere}
     return replace(config, variants=tuple(replace(v, source=folders.get(v.source, v.source)) for v in config.variants))
 
 

@@ -10,6 +10,7 @@ from serve.engine.settings import EngineSettings
 
 __all__ = ["Resources", "Variant"]
 
+_INGRESS_CPUS = 0.1
 _Number = TypeVar("_Number", int, float)
 
 
@@ -41,18 +42,17 @@ class Variant:
     def precision(self) -> str:
         return self.recipe.precision
 
-    def resolved(self, *, cpus: float, gpus: float, variants: int) -> Variant:
-        """This variant with its share of a machine that `variants` of them divide.
+    def resolved(self, *, cpus: float, gpus: float, replicas: int) -> Variant:
+        """This variant with its share of a machine that `replicas` replicas of all variants divide.
 
-        CPUs are reserved in equal parts with one part to spare, so that the last variant still schedules beside the
-        ingress. Threads are not divided: a variant without traffic computes nothing, and the one that has some should
-        have every core.
+        CPUs are reserved in equal parts beside the ingress, so that the last variant still schedules. Threads are not
+        divided: a variant without traffic computes nothing, and the one that has some should have every core.
         """
         wants_gpu = self.device != "cpu" and gpus > 0
         share = replace(
             self.resources,
-            num_cpus=_or(self.resources.num_cpus, round(min(1.0, cpus / (variants + 1)), 2)),
-            num_gpus=_or(self.resources.num_gpus, _hundredths(min(1.0, gpus / variants)) if wants_gpu else 0.0),
+            num_cpus=_or(self.resources.num_cpus, _hundredths(min(1.0, (cpus - _INGRESS_CPUS) / replicas))),
+            num_gpus=_or(self.resources.num_gpus, _hundredths(min(1.0, gpus / replicas)) if wants_gpu else 0.0),
         )
         device = ("cuda" if share.num_gpus else "cpu") if self.device == "auto" else self.device
         engine = replace(self.engine, threads=_or(self.engine.threads, max(1, int(cpus))))

@@ -1,0 +1,164 @@
+"""The controller merges what it is told, forgets the dead, and deals traffic that only ever adds up to all of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve import metrics
+from serve.config import Config, parse_config
+from serve.controller import Controller
+from serve.errors import ConfigError
+from serve.heartbeat import IngressBeat, ReplicaBeat, State, serving
+from serve.metrics import Recorder, VariantLabels
+from serve.rollout import Batch, Split
+
+CONFIG: Config = parse_config(
+    {
+        "model": {"name": "m", "source": "builtin:storyteller"},
+        "variants": [{"name": "bf16", "recipe": "bf16"}, {"name": "int8", "recipe": "int8"}],
+        "traffic": {"weights": {"bf16": 60, "int8": 40}},
+    }
+)
+INT8 = VariantLabels("m", "int8", "int8")
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def controller(clock: Clock) -> Controller:
+    return Controller(CONFIG, clock)
+
+
+def replica(
+    process: str, variant: str = "int8", state: State = "ready", tokens: int = 0, **more: object
+) -> ReplicaBeat:
+    recorder = Recorder()
+    recorder.add(metrics.PREEMPTIONS, INT8, tokens)
+    recorder.set(metrics.RUNNING, INT8, 1)
+    return ReplicaBeat(process, variant, state, snapshot=recorder.snapshot(), **more)  # type: ignore[arg-type]
+
+
+def ingress(process: str = "i", split: Split | None = None) -> IngressBeat:
+    return IngressBeat(process, Batch(process, 1, 0.0), Recorder().snapshot(), split)
+
+
+def states(controller: Controller) -> dict[str, str]:
+    return {variant.name: variant.state for variant in controller.view().variants}
+
+
+def test_a_variant_is_as_its_replicas_say(controller: Controller) -> None:
+    assert states(controller) == {"bf16": "loading", "int8": "loading"}
+    assert not controller.view().settled
+    controller.replica(replica("a", "bf16", "failed", reason="no file"))
+    controller.replica(replica("b", "int8", "ready", context_length=1024, fingerprint="f"))
+    assert states(controller) == {"bf16": "failed", "int8": "ready"}
+    assert controller.view().settled
+    assert [(v.reason, v.context_length, v.fingerprint) for v in controller.view().variants] == [
+        ("no file", None, None),
+        (None, 1024, "f"),
+    ]
+
+
+def test_the_load_report_is_asked_for_until_it_has_come(controller: Controller) -> None:
+    assert not controller.replica(replica("a", state="loading"))
+    assert controller.replica(replica("a"))
+    assert not controller.replica(replica("a", report={"load_s": 1.5}))
+    assert not controller.replica(replica("a"))
+    assert controller.variants()[1]["load_report"] == {"load_s": 1.5}
+
+
+def test_the_silent_are_forgotten_and_their_counts_are_kept(controller: Controller, clock: Clock) -> None:
+    controller.replica(replica("a", tokens=7))
+    clock.now_s += 60
+    assert states(controller)["int8"] == "loading"
+    text = controller.metrics(ingress())
+    assert 'num_preemptions_total{model_name="m",precision="int8",variant="int8"} 7.0' in text
+    assert "num_requests_running{" not in text
+    controller.replica(replica("a", tokens=8))
+    assert 'num_preemptions_total{model_name="m",precision="int8",variant="int8"} 8.0' in controller.metrics(ingress())
+
+
+def test_a_new_replica_takes_the_place_of_the_dead_one_at_once(controller: Controller, clock: Clock) -> None:
+    controller.replica(replica("old"))
+    clock.now_s += 1
+    controller.replica(replica("new", state="loading"))
+    assert states(controller)["int8"] == "loading"
+
+
+def test_a_replica_that_says_goodbye_is_gone(controller: Controller) -> None:
+    controller.replica(replica("a", leaving=True))
+    assert states(controller)["int8"] == "loading"
+
+
+def test_traffic_moves_by_one_revision_and_knows_its_variants(controller: Controller) -> None:
+    view = controller.set_traffic({"int8": 100})
+    assert view.split.weights == {"bf16": 0, "int8": 100}
+    assert view.split.revision == 1
+    with pytest.raises(ConfigError, match=r"traffic\.weights\.int9: unknown variant; allowed: bf16, int8"):
+        controller.set_traffic({"bf16": 50, "int9": 50})
+    with pytest.raises(ConfigError, match="sum to 100"):
+        controller.set_traffic({"bf16": 50})
+    assert controller.view().split.revision == 1
+
+
+def test_a_new_controller_learns_the_split_from_an_ingress(clock: Clock) -> None:
+    moved = CONFIG.split.moved({"bf16": 10, "int8": 90})
+    controller = Controller(CONFIG, clock)
+    assert controller.ingress(ingress(split=moved)).split == moved
+    assert controller.ingress(ingress(split=CONFIG.split)).split == moved
+    foreign = Split(stable="x", weights={"x": 100}, revision=9)
+    assert controller.ingress(ingress(split=foreign)).split == moved
+
+
+def test_the_weight_in_force_is_told_beside_the_configured_one(controller: Controller) -> None:
+    controller.replica(replica("a", "bf16"))
+    controller.replica(replica("b", "int8", "failed"))
+    rows = controller.variants()
+    assert [(row["weight"], row["serving_weight"]) for row in rows] == [(60, 100), (40, 0)]
+    text = controller.metrics(ingress())
+    assert 'traffic_weight_ratio{model_name="m",precision="bf16",variant="bf16"} 1.0' in text
+    assert 'replicas{model_name="m",precision="int8",state="failed",variant="int8"} 1.0' in text
+
+
+NAMES = ["a", "b", "c", "d"]
+shares = st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any)
+
+
+@given(shares=shares, stable=st.sampled_from(NAMES), ready=st.sets(st.sampled_from(NAMES)))
+def test_what_is_dealt_is_all_of_it_and_only_to_the_ready(shares: list[int], stable: str, ready: set[str]) -> None:
+    weights = {name: 100 * share / sum(shares) for name, share in zip(NAMES, shares, strict=True)}
+    split = Split(stable=stable, weights=weights)
+    dealt = serving(split, ready)
+    if dealt is None:
+        assert not any(weights[name] for name in ready - {stable})
+        assert stable not in ready
+        return
+    assert math.isclose(sum(dealt.weights.values()), 100)
+    assert all(name in ready for name, weight in dealt.weights.items() if weight)
+    if stable in ready:
+        assert all(dealt.weights[name] == weights[name] for name in ready - {stable})
+
+
+@given(shares=shares, stable=st.sampled_from(NAMES), ready=st.sets(st.sampled_from(NAMES)))
+def test_a_variant_of_weight_zero_serves_nobody_but_as_the_stable_one(
+    shares: list[int], stable: str, ready: set[str]
+) -> None:
+    weights = {name: 100 * share / sum(shares) for name, share in zip(NAMES, shares, strict=True)}
+    dealt = serving(Split(stable=stable, weights=weights), ready)
+    for name in ready - {stable}:
+        if dealt and not weights[name]:
+            assert not dealt.weights[name]

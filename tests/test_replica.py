@@ -1,0 +1,179 @@
+"""One variant in one process, without Ray: it loads, says so, answers over the hop, and outlives what cannot load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from serve.config import Config, serve_source
+from serve.errors import ContextLengthExceeded, HalftoneError, InvalidRequest, VariantUnavailable
+from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, PromptDelta, SamplingParams
+from serve.heartbeat import ReplicaBeat
+from serve.hop import Parcel
+from serve.replica import Replica
+
+
+class Beats:
+    """A controller that listens."""
+
+    def __init__(self) -> None:
+        self.heard: list[ReplicaBeat] = []
+        self.gone = False
+
+    async def __call__(self, beat: ReplicaBeat) -> bool:
+        if self.gone:
+            raise VariantUnavailable("the controller does not answer")
+        self.heard.append(beat)
+        return beat.state == "ready" and not any(heard.report for heard in self.heard)
+
+
+def config(source: str = "builtin:storyteller", recipe: str = "int8") -> Config:
+    return serve_source(source, (recipe,)).resolved(cpus=1, gpus=0)
+
+
+def replica_of(made: Config, beats: Beats) -> Replica:
+    return Replica(made.model_name, made.variants[0], beats, "process")
+
+
+@pytest.fixture
+async def beats() -> Beats:
+    return Beats()
+
+
+@pytest.fixture
+async def replica(beats: Beats) -> AsyncIterator[Replica]:
+    made = replica_of(config(), beats)
+    await made.open()
+    yield made
+    await made.close()
+
+
+def request(name: str, prompt: Prompt = "Once upon a time", **params: object) -> GenerationRequest:
+    options = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True, **params}
+    return GenerationRequest(name, prompt, SamplingParams(**options))  # type: ignore[arg-type]
+
+
+async def parcels(replica: Replica, *requests: GenerationRequest) -> list[Parcel]:
+    async def ride(one: GenerationRequest) -> list[Parcel]:
+        return [parcel async for parcel in replica.generate(one, "ingress.0")]
+
+    ridden = await asyncio.wait_for(asyncio.gather(*map(ride, requests)), 60)
+    return sorted((parcel for rides in ridden for parcel in rides), key=lambda parcel: parcel.number)
+
+
+def events(ridden: list[Parcel]) -> list[Event]:
+    return [event for parcel in ridden for event in parcel.events]
+
+
+async def test_many_requests_of_one_ingress_share_their_parcels(replica: Replica) -> None:
+    ridden = await parcels(replica, *(request(f"r{index}", max_tokens=20) for index in range(12)))
+    made = events(ridden)
+    assert [parcel.number for parcel in ridden] == list(range(len(ridden)))
+    assert sum(len(event.token_ids) for event in made if isinstance(event, Delta)) == 240
+    assert len(ridden) < 240 / 4
+    for index in range(12):
+        mine = [event for event in made if event.request_id == f"r{index}"]
+        assert isinstance(mine[0], PromptDelta)
+        assert isinstance(mine[-1], Delta)
+        assert mine[-1].finish_reason == "length"
+
+
+async def test_it_reports_how_it_loads_and_what_it_holds(replica: Replica, beats: Beats) -> None:
+    await parcels(replica, request("a"))
+    loading = {beat.state for beat in beats.heard[:-1]}
+    ready = next(beat for beat in beats.heard if beat.state == "ready")
+    assert "loading" in loading
+    assert ready.report is not None
+    assert ready.report["bits_per_weight"] < 9
+    assert ready.memory["process"] > ready.memory["weights"] > 0
+    assert ready.context_length == 1024
+    names = {name for name, _ in ready.snapshot.values}
+    assert {"memory_bytes", "compression_ratio", "load_seconds", "kv_cache_usage_ratio"} <= names
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("word " * 3000, ContextLengthExceeded),
+        ((1, 2, 10**6), InvalidRequest),
+        ("nul \0", InvalidRequest),
+    ],
+)
+async def test_what_refuses_a_request_is_its_one_event(
+    replica: Replica, prompt: Prompt, error: type[HalftoneError]
+) -> None:
+    made = events(await parcels(replica, request("bad", prompt)))
+    assert [type(event) for event in made] == [Failure]
+    assert isinstance(made[0], Failure)
+    assert isinstance(made[0].error, error)
+
+
+async def test_an_abort_ends_the_stream_and_frees_the_engine(replica: Replica, beats: Beats) -> None:
+    stream = replica.generate(request("a", max_tokens=900), "ingress.0")
+    await anext(stream)
+    await replica.abort(["a", "unknown"])
+    assert [parcel async for parcel in stream] == []
+    async with asyncio.timeout(10):
+        while is_running(replica):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def is_running(replica: Replica) -> bool:
+    values = replica._now().snapshot.values
+    return any(value for (name, _), value in values.items() if name == "num_requests_running")
+
+
+async def test_an_abort_that_comes_before_its_request_turns_it_away(replica: Replica) -> None:
+    await replica.abort(["late"])
+    assert await parcels(replica, request("late")) == []
+
+
+async def test_a_stream_that_breaks_aborts_its_request_and_hands_over_to_the_next(replica: Replica) -> None:
+    first = replica.generate(request("a", max_tokens=900), "ingress.0")
+    await anext(first)
+    second = asyncio.create_task(parcels(replica, request("b", max_tokens=30)))
+    await asyncio.sleep(0.05)
+    await first.aclose()
+    made = [event for event in events(await second) if event.request_id == "b"]
+    assert sum(len(event.token_ids) for event in made if isinstance(event, Delta)) <= 30
+    assert isinstance(made[-1], Delta)
+    assert made[-1].finish_reason == "length"
+
+
+async def test_text_goes_there_and_back(replica: Replica) -> None:
+    tokenized = await replica.tokenize("Once upon a time", True)
+    assert "".join(tokenized.pieces) == await replica.detokenize(tokenized.ids)
+    assert tokenized.context_length == 1024
+
+
+async def test_a_controller_that_is_gone_disturbs_nobody(replica: Replica, beats: Beats) -> None:
+    beats.gone = True
+    assert events(await parcels(replica, request("a")))
+    beats.gone = False
+
+
+async def test_what_cannot_load_stays_up_and_says_why(tmp_path: Path, beats: Beats) -> None:
+    replica = replica_of(config(str(tmp_path)), beats)
+    await replica.open()
+    replica.check_health()
+    assert beats.heard[-1].state == "failed"
+    assert "config.json" in (beats.heard[-1].reason or "")
+    made = events(await parcels(replica, request("a")))
+    assert isinstance(made[0], Failure)
+    assert isinstance(made[0].error, VariantUnavailable)
+    assert "config.json" in made[0].error.message
+    with pytest.raises(VariantUnavailable):
+        await replica.tokenize("x", True)
+    await replica.close()
+    assert beats.heard[-1].leaving
+
+
+async def test_an_engine_that_has_died_is_ill(replica: Replica) -> None:
+    replica.check_health()
+    assert replica._serving is not None
+    await asyncio.to_thread(replica._serving.engine.close)
+    with pytest.raises(HalftoneError, match="has died"):
+        replica.check_health()

@@ -1,0 +1,401 @@
+"""Traffic goes where pins and the split say, and every request ends, whatever dies. All behind the router is fake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from serve import router as router_module
+from serve.api.backend import Backend, Call, Tokenized
+from serve.errors import (
+    ConfigError,
+    GenerationFailed,
+    HalftoneError,
+    InvalidRequest,
+    Overloaded,
+    UnknownModel,
+    VariantUnavailable,
+)
+from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, PromptDelta, SamplingParams, Timing
+from serve.heartbeat import IngressBeat, State, VariantState, View
+from serve.hop import Outbox, Parcel, ReplicaDied
+from serve.metrics import Snapshot
+from serve.rollout import Outcome, Split
+from serve.router import RoutedAnswer, Router
+
+
+class FakeLink:
+    """A replica of a few lines: says `tokens` words, or what its script tells it to."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tokens = 3
+        self.script: list[HalftoneError | None] = []
+        self.die_after: int | None = None
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.asked: list[str] = []
+        self.aborted: list[str] = []
+        self.drop_last = False
+
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+        self.asked.append(request.request_id)
+        error = self.script.pop(0) if self.script else None
+        if error:
+            raise error
+        outbox = Outbox(f"{self.name}-{len(self.asked)}", f"{channel}-{request.request_id}")
+        outbox.open(request)
+        outbox.put([PromptDelta(request.request_id, (1, 2))])
+        stream = outbox.carry(request.request_id)
+        yield await anext(stream)
+        for position in range(self.tokens):
+            await self.hold.wait()
+            if request.request_id in self.aborted:
+                return
+            if self.die_after == position:
+                self.die_after = None
+                raise ReplicaDied("gone", retry_after_s=1)
+            outbox.put(self._events(request, position))
+            if self.drop_last and position == self.tokens - 1:
+                return
+            yield await anext(stream)
+
+    def _events(self, request: GenerationRequest, position: int) -> list[Event]:
+        last = position == self.tokens - 1
+        timing = Timing(0.001, 0.002, 0.003, running_sequences=2) if last else None
+        return [
+            Delta(
+                request.request_id, choice, f"{self.name} ", (position,), (), "length" if last else None, None, timing
+            )
+            for choice in range(request.n)
+        ]
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted += request_ids
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
+        return Tokenized((1,), (self.name,), 512)
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        return self.name
+
+
+class FakeControl:
+    """A controller that keeps what it is told and answers with one view."""
+
+    def __init__(self, states: Mapping[str, State], weights: Mapping[str, float]) -> None:
+        self.split = Split(stable=next(iter(weights)), weights=weights, salt="salt")
+        self.states = dict(states)
+        self.outcomes: dict[int, Outcome] = {}
+        self.snapshot = Snapshot()
+        self.gone = False
+
+    @property
+    def view(self) -> View:
+        return View(
+            self.split,
+            tuple(
+                VariantState(
+                    name, name, state, reason="no file" if state == "failed" else None, fingerprint=f"f-{name}"
+                )
+                for name, state in self.states.items()
+            ),
+        )
+
+    async def ingress(self, beat: IngressBeat) -> View:
+        if self.gone:
+            raise VariantUnavailable("the controller does not answer")
+        self.outcomes |= {outcome.record: outcome for outcome in beat.batch.outcomes}
+        self.snapshot = beat.snapshot
+        return self.view
+
+    async def set_traffic(self, weights: Mapping[str, float]) -> View:
+        self.split = self.split.moved(weights)
+        return self.view
+
+    async def metrics(self, beat: IngressBeat) -> str:
+        await self.ingress(beat)
+        return "text"
+
+    async def variants(self) -> Sequence[Mapping[str, Any]]:
+        return []
+
+    def counted(self, name: str, *labels: str) -> float:
+        return sum(
+            value
+            for (metric, values), value in self.snapshot.values.items()
+            if metric == name and all(label in values for label in labels)
+        )
+
+
+class Stage:
+    """A router with its fakes."""
+
+    def __init__(self, states: Mapping[str, State], weights: Mapping[str, float]) -> None:
+        self.links = {name: FakeLink(name) for name in states}
+        self.control = FakeControl(states, weights)
+        self.router = Router("m", self.links, self.control, name="ingress")
+        self._numbers = iter(range(1000))
+
+    async def beat(self) -> Stage:
+        await self.router.beat()
+        return self
+
+    def call(self, model: str = "m", prompts: int = 1, n: int = 1, **options: Any) -> Call:
+        names = [f"r{next(self._numbers)}" for _ in range(prompts)]
+        return Call(model, tuple(GenerationRequest(name, "x", SamplingParams(), n=n) for name in names), **options)
+
+    async def ask(self, *arguments: Any, **options: Any) -> tuple[RoutedAnswer, list[Event]]:
+        answer = await self.router.start(self.call(*arguments, **options))
+        async with asyncio.timeout(10):
+            return answer, [event async for event in answer.events()]
+
+    async def settled(self) -> None:
+        """All streams have run out."""
+        async with asyncio.timeout(10):
+            while self.router.open_requests:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Stage]:
+    stage = await Stage({"bf16": "ready", "int8": "ready"}, {"bf16": 100, "int8": 0}).beat()
+    yield stage
+    await stage.router.close()
+
+
+def text(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+async def test_a_pin_in_the_name_or_in_the_header_decides(two: Stage) -> None:
+    for arguments in ({"model": "m@int8"}, {"pin": "int8"}, {"model": "m@int8", "pin": "int8"}):
+        answer, events = await two.ask(**arguments)
+        assert (answer.disclosure.variant, answer.disclosure.route) == ("int8", "pinned")
+        assert answer.disclosure.fingerprint == "f-int8"
+        assert text(events) == "int8 " * 3
+
+
+async def test_pins_that_contradict_each_other_are_refused(two: Stage) -> None:
+    with pytest.raises(InvalidRequest, match="name one of them"):
+        await two.router.start(two.call("m@int8", pin="bf16"))
+
+
+@pytest.mark.parametrize("arguments", [{"model": "gpt"}, {"model": "m@x"}, {"model": "m@"}, {"pin": "x"}])
+async def test_an_unknown_name_is_told_what_is_served(two: Stage, arguments: dict[str, str]) -> None:
+    with pytest.raises(UnknownModel, match="served: m, m@bf16, m@int8"):
+        await two.router.start(two.call(**arguments))
+
+
+async def test_the_split_deals_and_a_sticky_key_stays(two: Stage) -> None:
+    await two.router.set_traffic({"bf16": 50, "int8": 50})
+    dealt = [(await two.ask())[0].disclosure for _ in range(60)]
+    assert {disclosure.route for disclosure in dealt} == {"weighted"}
+    assert {disclosure.variant for disclosure in dealt} == {"bf16", "int8"}
+    kept = [(await two.ask(sticky_key="ada"))[0].disclosure for _ in range(20)]
+    assert len({disclosure.variant for disclosure in kept}) == 1
+    assert {disclosure.route for disclosure in kept} == {"sticky"}
+
+
+async def test_new_weights_apply_to_the_very_next_request(two: Stage) -> None:
+    split = await two.router.set_traffic({"bf16": 0, "int8": 100})
+    assert split["revision"] == 1
+    assert (await two.ask())[0].disclosure.variant == "int8"
+    with pytest.raises(ConfigError, match="mirrors no traffic"):
+        await two.router.set_traffic({"bf16": 100}, {"int8": 0.5})
+
+
+async def test_an_older_split_never_replaces_a_newer_one(two: Stage) -> None:
+    old = two.control.split
+    await two.router.set_traffic({"bf16": 0, "int8": 100})
+    two.control.split = old
+    await two.router.beat()
+    assert (await two.ask())[0].disclosure.variant == "int8"
+
+
+async def test_the_last_split_stays_in_force_when_the_controller_is_gone(two: Stage) -> None:
+    two.control.gone = True
+    with pytest.raises(HalftoneError):
+        await two.router.beat()
+    assert text((await two.ask())[1]) == "bf16 " * 3
+    two.control.gone = False
+    await two.router.beat()
+    assert [outcome.ok for outcome in two.control.outcomes.values()] == [True]
+
+
+async def test_weighted_traffic_skips_a_failed_variant_and_a_pin_learns_the_reason() -> None:
+    stage = await Stage({"bf16": "ready", "int8": "failed"}, {"bf16": 10, "int8": 90}).beat()
+    assert {(await stage.ask())[0].disclosure.variant for _ in range(20)} == {"bf16"}
+    with pytest.raises(VariantUnavailable, match="'int8' could not be loaded: no file") as refused:
+        await stage.router.start(stage.call("m@int8"))
+    assert refused.value.retry_after_s
+    assert stage.router.ready()
+
+
+async def test_without_any_ready_variant_the_answer_is_unavailable() -> None:
+    stage = Stage({"bf16": "loading", "int8": "ready"}, {"bf16": 100, "int8": 0})
+    with pytest.raises(VariantUnavailable, match="starting"):
+        await stage.router.start(stage.call())
+    await stage.beat()
+    with pytest.raises(VariantUnavailable, match="'bf16' is loading"):
+        await stage.router.start(stage.call())
+    assert not stage.router.ready()
+    assert [card.state for card in stage.router.models()] == ["loading", "loading", "ready"]
+
+
+async def test_all_prompts_of_a_call_go_to_one_variant_and_all_choices_end(two: Stage) -> None:
+    answer, events = await two.ask(prompts=3, n=2, sticky_key="x")
+    ends = [event for event in events if isinstance(event, Delta) and event.finish_reason]
+    assert len(ends) == 6
+    assert text(events) == f"{answer.disclosure.variant} " * 18
+
+
+async def test_a_replica_that_dies_before_the_first_token_is_replaced_unseen(two: Stage) -> None:
+    two.links["bf16"].script = [ReplicaDied("gone", retry_after_s=1)]
+    assert text((await two.ask())[1]) == "bf16 " * 3
+    two.links["bf16"].die_after = 0
+    _, events = await two.ask()
+    assert [type(event) for event in events] == [PromptDelta, Delta, Delta, Delta]
+    assert text(events) == "bf16 " * 3
+    assert len(two.links["bf16"].asked) == 4
+
+
+async def test_a_replica_that_dies_later_fails_the_request_once(two: Stage) -> None:
+    two.links["bf16"].die_after = 1
+    _, events = await two.ask()
+    assert isinstance(events[-1], Failure)
+    assert isinstance(events[-1].error, ReplicaDied)
+    assert len(two.links["bf16"].asked) == 1
+
+
+async def test_a_replica_that_dies_twice_is_not_tried_a_third_time(two: Stage) -> None:
+    two.links["bf16"].script = [ReplicaDied("gone"), ReplicaDied("gone"), None]
+    _, events = await two.ask()
+    assert [type(event) for event in events] == [Failure]
+    assert len(two.links["bf16"].asked) == 2
+
+
+async def test_a_full_queue_comes_first_and_says_when_to_come_back(two: Stage) -> None:
+    two.links["bf16"].script = [Overloaded("full", retry_after_s=3)]
+    _, events = await two.ask()
+    assert isinstance(events[0], Failure)
+    assert isinstance(events[0].error, Overloaded)
+    await two.beat()
+    assert two.control.counted("request_errors_total", "overloaded") == 1
+
+
+async def test_an_answer_whose_end_is_lost_fails_instead_of_hanging(
+    two: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "_LATE_S", 0.05)
+    two.links["bf16"].drop_last = True
+    _, events = await two.ask()
+    assert isinstance(events[-1], Failure)
+    assert isinstance(events[-1].error, GenerationFailed)
+    two.links["bf16"].drop_last = False
+    assert text((await two.ask())[1]) == "bf16 " * 3
+
+
+async def test_who_leaves_aborts_what_is_unfinished_and_nothing_stays_open(two: Stage) -> None:
+    two.links["bf16"].hold.clear()
+    answer = await two.router.start(two.call(prompts=2))
+    await anext(answer.events())
+    await answer.cancel()
+    await answer.cancel()
+    two.links["bf16"].hold.set()
+    await two.settled()
+    assert sorted(two.links["bf16"].aborted) == ["r0", "r1"]
+    await two.beat()
+    (outcome,) = two.control.outcomes.values()
+    assert outcome.client_fault
+    assert outcome.finish_reason == "abort"
+    assert two.control.counted("request_success_total", "abort") == 2
+
+
+async def test_leaving_after_the_end_aborts_nothing(two: Stage) -> None:
+    answer, _ = await two.ask()
+    await answer.cancel()
+    await two.settled()
+    assert two.links["bf16"].aborted == []
+
+
+async def test_each_call_leaves_one_outcome_open_first_then_ended(two: Stage) -> None:
+    two.links["bf16"].hold.clear()
+    answer = await two.router.start(two.call(sticky_key="ada"))
+    await two.beat()
+    assert [outcome.is_open for outcome in two.control.outcomes.values()] == [True]
+    two.links["bf16"].hold.set()
+    assert [event async for event in answer.events()]
+    await two.beat()
+    (outcome,) = two.control.outcomes.values()
+    assert outcome.ok
+    assert (outcome.variant, outcome.route, outcome.prompt_tokens, outcome.completion_tokens) == (
+        "bf16",
+        "sticky",
+        2,
+        3,
+    )
+    assert outcome.unit is not None
+    assert outcome.unit != "ada"
+    assert outcome.ttft_s is not None
+    assert outcome.e2e_s is not None
+    assert outcome.itl_mean_s is not None
+    assert 0 <= outcome.ttft_s <= outcome.e2e_s
+    assert outcome.running_sequences == 2
+
+
+async def test_an_acknowledged_outcome_is_not_sent_again(two: Stage) -> None:
+    await two.ask()
+    await two.beat()
+    two.control.outcomes.clear()
+    await two.beat()
+    assert not two.control.outcomes
+
+
+async def test_tokens_are_counted_once_each(two: Stage) -> None:
+    await two.ask(prompts=2, n=2)
+    await two.beat()
+    assert two.control.counted("generation_tokens_total") == 12
+    assert two.control.counted("prompt_tokens_total") == 4
+    assert two.control.counted("request_success_total", "length") == 4
+    counts = {name: sum(h.counts) for (name, labels), h in two.control.snapshot.histograms.items() if "bf16" in labels}
+    assert counts["time_to_first_token_seconds"] == counts["e2e_request_latency_seconds"] == 2
+    assert counts["inter_token_latency_seconds"] == 8
+    assert counts["request_time_per_output_token_seconds"] == 4
+
+
+async def test_what_came_to_no_variant_is_counted_by_its_code(two: Stage) -> None:
+    with pytest.raises(UnknownModel):
+        await two.router.start(two.call("gpt"))
+    two.router.refused(400)
+    await two.beat()
+    assert two.control.counted("request_errors_total", "model_not_found") == 1
+    assert two.control.counted("request_errors_total", "http_400") == 1
+
+
+async def test_text_is_asked_of_the_stable_variant_or_of_the_pinned_one(two: Stage) -> None:
+    assert (await two.router.tokenize("m", "x", True)).pieces == ("bf16",)
+    assert await two.router.detokenize("m@int8", (1,)) == "int8"
+
+
+async def test_the_router_is_the_rims_backend(two: Stage) -> None:
+    backend: Backend = two.router
+    assert [card.id for card in backend.models()] == ["m", "m@bf16", "m@int8"]
+    assert await backend.metrics() == "text"
+
+
+async def test_the_router_reports_by_itself_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_BEAT_S", 0.01)
+    stage = Stage({"bf16": "ready"}, {"bf16": 100})
+    stage.control.gone = True
+    stage.router.open()
+    await asyncio.sleep(0.03)
+    assert not stage.router.ready()
+    stage.control.gone = False
+    async with asyncio.timeout(5):
+        while not stage.router.ready():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await stage.router.close()
