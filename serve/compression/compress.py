@@ -23,6 +23,7 @@ from serve.compression.formats.linear import CompressedLinear
 from serve.compression.memory import release
 from serve.compression.method import Group, InputStatistics, Need, Projection
 from serve.compression.plan import Plan, Treatment
+from serve.compression.producers import find_producer, watch_norms
 from serve.compression.skeleton import Skeleton, set_module, set_tensor, weight_of
 from serve.errors import CompressionError
 
@@ -93,6 +94,7 @@ class _Job:
     plan: Plan
     sink: Sink | None
     finished: dict[str, Tensor] = field(default_factory=dict)  # plain tensors that the sink has not seen yet
+    loaded: dict[str, Projection] = field(default_factory=dict)  # read early, because a scale was folded into them
 
     @property
     def model(self) -> nn.Module:
@@ -104,11 +106,19 @@ class _Job:
         return stored.to(self.plan.device, self.skeleton.dtype_of(name), copy=True).contiguous()
 
     def load(self, name: str) -> Projection:
-        """A projection's values in float32, as precise as the file has them."""
+        """A projection's values in float32, as precise as the file has them but for what was folded into them."""
+        if name in self.loaded:
+            return self.loaded.pop(name)
         spec, module = self.skeleton.spec(name), self.model.get_submodule(name)
         weight = weight_of(module, self.weights.read(f"{name}.weight"))
         bias = self.read(f"{name}.bias") if spec.has_bias else None
         return Projection(spec, weight.to(self.plan.device, torch.float32).contiguous(), bias)
+
+    def load_early(self, name: str) -> Projection:
+        """The same values, kept until the projection's own turn comes."""
+        if name not in self.loaded:
+            self.loaded[name] = self.load(name)
+        return self.loaded[name]
 
     def place(self, name: str, layer: CompressedLinear) -> None:
         """The plain tensors are noted for the sink first, for preparing releases them."""
@@ -175,7 +185,9 @@ def _compress_calibrated(job: _Job, block: str, activations: Activations) -> Non
     """The whole block dense first, then group by group with what calibration saw at each input."""
     job.fill(_parameters(job, block))
     _move_buffers(job.model.get_submodule(block).modules(), job.plan.device)
-    runs = [run for names in activations.groups(block) for run in _by_treatment(job, names)]
+    with watch_norms(job.skeleton, block) as norms:
+        groups = activations.groups(block)
+    runs = [run for names in groups for run in _by_treatment(job, names)]
     if all(treatment.sequential for treatment, _ in runs):
         for treatment, names in runs:
             measured = _measure(activations, block, [(treatment, names)])
@@ -183,7 +195,11 @@ def _compress_calibrated(job: _Job, block: str, activations: Activations) -> Non
     else:
         measured = _measure(activations, block, runs)
         for treatment, names in reversed(runs):
-            _apply(job, treatment, Group([job.load(name) for name in names]), measured.get(names[0]))
+            producer = find_producer(job.skeleton, names, norms, job.load_early)
+            group = Group([job.load(name) for name in names], producer)
+            _apply(job, treatment, group, measured.get(names[0]))
+        for name in list(job.loaded):  # changed, but left dense by the recipe
+            job.place_dense(job.load(name))
     activations.advance(block)
 
 
