@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,3 +224,60 @@ def test_a_configuration_that_is_wrong_is_one_line(tmp_path: Path) -> None:
     server.stop()
     assert server.said.count("\n") == 1
     assert "variants[0].recipe" in server.said
+
+
+def test_the_small_trained_model_is_served_at_five_precisions_and_none_is_larger_than_the_one_before(
+    shared: Path,
+) -> None:
+    recipes = ["fp32", "bf16", "int8", "int8-weight", "nf4"]
+    options = [option for recipe in recipes for option in ("--recipe", recipe)]
+    with Halftone(str(shared / "models/TinyStories-656K"), *options) as server:
+        rows = server.announced["variants"]
+        assert [row["variant"] for row in rows] == recipes
+        assert {row["state"] for row in rows} == {"ready"}
+        sizes = [row["weight_bytes"] for row in rows]
+        assert sizes == sorted(sizes, reverse=True)
+        for recipe in recipes:
+            body = {"model": f"TinyStories-656K@{recipe}", "prompt": "Once upon a time", "max_tokens": 12}
+            answer = httpx.post(f"{server.url}/v1/completions", json={**body, "temperature": 0}, timeout=60)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-halftone-variant"] == recipe
+
+
+async def test_overload_is_a_429_that_says_when_to_come_back_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "narrow.yaml"
+    config.write_text(
+        'model: {name: m, source: "builtin:storyteller"}\n'
+        "variants: [{name: a, recipe: int8, engine: {max_num_seqs: 1, max_queue: 1}}]\n"
+    )
+    body = {"model": "m", "prompt": "Once", "max_tokens": 100, "ignore_eos": True}
+    with Halftone(str(config)) as server:
+        async with httpx.AsyncClient(timeout=120) as client:
+            url = f"{server.url}/v1/completions"
+            answers = await asyncio.gather(*(client.post(url, json=body) for _ in range(8)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert 0 < len(refused) < 8
+        for answer in refused:
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert answer.headers["x-halftone-variant"] == "a"
+        left = await asyncio.to_thread(server.stop, signal.SIGINT)
+        assert left == []
+        assert server.process.returncode == 0
+
+
+async def test_sigterm_lets_an_open_answer_finish_and_takes_no_new_one() -> None:
+    body = {"model": "storyteller", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with Halftone("builtin:storyteller", "--recipe", "bf16") as server:
+        async with httpx.AsyncClient(timeout=120) as client:
+            async with client.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                stopped = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
+                rest = [line async for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert await stopped == []
+            with pytest.raises(httpx.ConnectError):
+                await client.get(f"{server.url}/health")
+        assert server.process.returncode == 0
