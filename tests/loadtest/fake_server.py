@@ -1,12 +1,13 @@
 """An OpenAI-compatible server with known delays, in its own process, that writes down what it really did.
 
-    python fake_server.py [--tls CERTIFICATE KEY]      prints its port, serves until its standard input closes
+    python fake_server.py [--tls CERTIFICATE KEY] [--behave JSON]     prints its port, serves until its input closes
 
-A request says in its field `fake` how it wants to be treated (see `Behaviour`); `GET /truth?run=NAME` returns,
-for each request of that run, when its last byte was read and when each chunk was written, on the machine's
-monotonic clock, which the load generator shares.
+A request says in its field `fake` how it wants to be treated (see `Behaviour`), or else `--behave` does. `GET
+/truth?run=NAME` returns, for each request of that run, when its last byte was read and when each chunk was written,
+on the machine's monotonic clock, which the load generator shares. `GET /metrics?run=NAME` says it as Prometheus would.
 """
 
+import argparse
 import asyncio
 import json
 import random
@@ -63,6 +64,7 @@ class Run:
         self.rejected = 0
 
 
+DEFAULTS: dict[str, Any] = {}
 RUNS: dict[str, Run] = defaultdict(Run)
 
 
@@ -100,7 +102,7 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
         plain(writer, 200, metrics(truths) if is_metrics else json.dumps([asdict(truth) for truth in truths]))
         return True
     body = json.loads(content)
-    behaviour = Behaviour(**body.pop("fake", {}))
+    behaviour = Behaviour(**{**DEFAULTS, **body.pop("fake", {})})
     run = RUNS[behaviour.run]
     truth = Truth(headers.get("x-request-id", ""), time.monotonic(), body)
     run.truths.append(truth)
@@ -114,8 +116,8 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 async def answer(writer: asyncio.StreamWriter, behaviour: Behaviour, run: Run, truth: Truth) -> bool:
     number = len(run.truths)
-    rng = random.Random(f"{behaviour.run}:{truth.request_id}")
-    attempt = int(truth.request_id.rpartition("-")[2] or 1)
+    rng = random.Random(f"{behaviour.run}:{number}")
+    attempt = int(truth.request_id.rpartition("-")[2] or 1) if behaviour.status != 200 else 1
     if behaviour.status != 200 and attempt <= behaviour.status_times:
         extra = {"retry-after": behaviour.retry_after} if behaviour.retry_after else {}
         plain(writer, behaviour.status, json.dumps({"error": {"message": "not now"}}), extra)
@@ -252,8 +254,12 @@ async def main(tls: ssl.SSLContext | None) -> None:
 
 
 if __name__ == "__main__":
-    context = None
-    if sys.argv[1:2] == ["--tls"]:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(sys.argv[2], sys.argv[3])
+    options = argparse.ArgumentParser()
+    options.add_argument("--tls", nargs=2, metavar=("CERTIFICATE", "KEY"))
+    options.add_argument("--behave", type=json.loads, default={})
+    given = options.parse_args()
+    DEFAULTS.update(given.behave)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if given.tls else None
+    if context is not None:
+        context.load_cert_chain(*given.tls)
     asyncio.run(main(context))
