@@ -33,9 +33,10 @@ def draw(results: Sequence[Json], labels: Sequence[str]) -> list[Plot]:
     plots = [Plot("latency", "Latency by percentile", _latencies(results, labels))]
     plots.append(Plot("throughput", "Throughput against latency", _throughput(results, labels)))
     for number, (result, label) in enumerate(zip(results, labels, strict=True)):
-        for stage, summary in enumerate(result.get("stages", [result])):
+        summaries = [result] if result.get("headline_stage") is None else result["stages"]
+        for stage, summary in enumerate(summaries):
             if summary["timeline"]["start_s"]:
-                title = f"Timeline of {label}" + (f", stage {stage}" if "stages" in result else "")
+                title = f"Timeline of {label}" + (f", stage {stage}" if len(summaries) > 1 else "")
                 plots.append(Plot(f"timeline-{number}-{stage}", title, _timeline(summary)))
     return plots
 

@@ -175,12 +175,28 @@ class Run:
         chosen = next((number for number in (best, knee) if number is not None), len(summaries) - 1)
         result = summaries[chosen] | {"slo": self._slo(summaries[chosen])}
         if len(summaries) == 1:
-            return result
+            return result | self._ramp(self._stages[0])
         return result | {
             "headline_stage": chosen,
             "knee": _found(summaries, knee),
             "highest_meeting_slo": _found(summaries, best),
             "stages": summaries,
+        }
+
+    def _ramp(self, stage: Stage) -> Json:
+        """What a ramp shows on its way up; nothing where the stage was none. The headline is the whole ramp."""
+        if stage.load.last_rate_per_s is None:
+            return {}
+        parts = [
+            {"offered": load.describe(), **summarise(records, window, self._settings)}
+            for load, window, records in sweep.ramp_parts(stage.load, stage.records)
+        ]
+        best = sweep.highest_meeting(parts, self._settings.goodput_target) if self._settings.slo else None
+        return {
+            "headline_stage": None,
+            "knee": _found(parts, sweep.knee(parts)),
+            "highest_meeting_slo": _found(parts, best),
+            "stages": parts,
         }
 
     def _slo(self, summary: Json) -> Json | None:
@@ -206,8 +222,8 @@ class Run:
         if self._status == "interrupted":
             waiting = sum(record.interrupted for record in records)
             notes.append(f"stopped early; {waiting} requests were in flight and are not judged")
-        if records and all(record.warmup for record in records):
-            notes.append(f"only the warm-up ran ({len(records)} requests); nothing was measured")
+        if all(record.warmup for record in records):
+            notes.append(f"nothing was measured: {len(records)} requests were warm-up and none came after")
         done = [record for record in records if record.ok]
         uncounted = sum(record.usage_tokens is None for record in done)
         if uncounted:

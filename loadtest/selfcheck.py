@@ -55,10 +55,8 @@ class SelfCheck:
 
 
 def _busiest(spans: list[tuple[float, float]]) -> float:
-    """Share of a core in the busiest span that is long enough to tell, or else over all."""
-    long_enough = [span for span in spans if span[1] >= SHORTEST_SPAN_S]
-    whole = (sum(cpu_s for cpu_s, _ in spans), sum(wall_s for _, wall_s in spans))
-    return max(cpu_s / wall_s for cpu_s, wall_s in long_enough or [whole])
+    """Share of a core in the busiest span that is long enough to tell."""
+    return max((cpu_s / wall_s for cpu_s, wall_s in spans if wall_s >= SHORTEST_SPAN_S), default=0.0)
 
 
 def most_in_flight(records: Sequence[Record]) -> int:

@@ -41,6 +41,9 @@ class Window:
     def length_s(self) -> float:
         return max(self.end_s - self.start_s, 1e-9)
 
+    def holds(self, at_s: float) -> bool:
+        return self.start_s <= at_s < self.end_s
+
 
 def window_of(load: Load, records: Sequence[Record]) -> Window:
     """By duration: from the end of the warm-up for that long. By number: from the first request due to the

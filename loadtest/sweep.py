@@ -6,13 +6,18 @@ rules of thumb", 1979). Below it more load costs little latency, above it more l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from loadtest.record import Record
 from loadtest.results import Json
+from loadtest.settings import Load
+from loadtest.summary import Window
 
 SEARCH_FROM_PER_S = 1.0
 SEARCH_TO_RATIO = 1.1
 MOST_SEARCH_STAGES = 20
+RAMP_PARTS = 10
 
 
 def knee(stages: Sequence[Json]) -> int | None:
@@ -73,3 +78,22 @@ def next_rate(tried: Sequence[tuple[float, bool]]) -> float | None:
     if lowest_failed / max(met) <= SEARCH_TO_RATIO:
         return None
     return math.sqrt(lowest_failed * max(met))
+
+
+def ramp_parts(load: Load, records: Sequence[Record]) -> Iterator[tuple[Load, Window, list[Record]]]:
+    """A ramp in equal parts, as if they were stages at their middle rates; each counts the requests due in it.
+
+    What one part could not answer burdens the next, so the knee of a ramp comes a little late; a sweep starts each
+    stage with an empty server.
+    """
+    assert load.rate_per_s is not None
+    assert load.last_rate_per_s is not None
+    assert load.total_s is not None
+    last_due_s = max((record.scheduled_s for record in records), default=0.0)
+    for number in range(RAMP_PARTS):
+        window = Window(load.total_s * number / RAMP_PARTS, load.total_s * (number + 1) / RAMP_PARTS)
+        if window.start_s > last_due_s:
+            return
+        middle_per_s = load.rate_per_s + (load.last_rate_per_s - load.rate_per_s) * (number + 0.5) / RAMP_PARTS
+        marked = [replace(record, warmup=not window.holds(record.scheduled_s)) for record in records]
+        yield Load(rate_per_s=middle_per_s, duration_s=window.length_s), window, marked

@@ -41,6 +41,19 @@ def test_a_stage_that_passes_above_a_failure_is_luck():
     assert highest_meeting(stages[1:2], 0.99) is None
 
 
+def test_a_ramp_shows_where_it_bends(measure):
+    # three slots of 0.1 s are 30 requests a second
+    fake = {"run": "ramp", "ttft": 0.1, "tokens": 1, "slots": 3}
+    load = ("--rate", "5..60", "--duration", 5, "--warmup", "0s", "--arrivals", "constant", "--slo", "e2e_s=400ms")
+    result = measure(fake, *load).result
+    rates = [stage["offered"]["rate_per_s"] for stage in result["stages"]]
+    assert rates == pytest.approx([7.75 + 5.5 * number for number in range(10)])
+    measured = [stage["overall"]["requests"]["measured"] for stage in result["stages"]]
+    assert sum(measured) == result["overall"]["requests"]["measured"] == pytest.approx(5 * 32.5, abs=2)
+    assert result["highest_meeting_slo"]["offered"]["rate_per_s"] < 55
+    assert result["stages"][9]["overall"]["e2e_s"]["p50"] > result["stages"][1]["overall"]["e2e_s"]["p50"]
+
+
 @pytest.mark.slow
 def test_rate_auto_finds_what_a_server_with_four_slots_can_take(measure):
     # four slots of 0.1 s are 40 requests a second; waiting no longer than 0.15 s in all comes a little below

@@ -7,6 +7,7 @@ import pytest
 
 from loadtest.arrivals import Arrival
 from loadtest.errors import InputError
+from loadtest.generator import target_of
 from loadtest.settings import Settings
 from loadtest.workload import Workload, load_tokenizer, read_prompts
 
@@ -57,6 +58,17 @@ def test_turns_carry_the_answers_so_far():
     messages = body(load, 0, ["first answer", "second answer"])["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
     assert messages[3]["content"] == "second answer"
+
+
+def test_a_key_is_read_from_the_environment_and_goes_into_no_result(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "s3cret")
+    values = {"api_key_env": "SOME_KEY", "headers": {"x-tenant": "t"}, "rate": 1, "num_requests": 1}
+    settings = Settings.parse({"url": "http://host:9/v1", "model": "m", **values})
+    head = target_of(settings).head(3, "id").decode()
+    assert head.startswith("POST /v1/chat/completions HTTP/1.1\r\nhost: host:9\r\n")
+    assert "authorization: Bearer s3cret\r\n" in head
+    assert "x-tenant: t\r\n" in head
+    assert "s3cret" not in settings.model_dump_json()
 
 
 def test_users_return():
