@@ -2,22 +2,101 @@
 
 Why not through Serve's proxy: measured on two cores a request costs 0.7 ms here and 5.7 ms there, and the proxy answers
 `/-/routes` and `/-/healthz` on the same port, which must not leave loopback. Signals stay with the process's owner.
+
+What never becomes a request is refused here, before any route: a head that is too large or too slow, and bytes that are
+not HTTP. The answers have OpenAI's shape like all others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["Listener"]
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+_HEAD_BYTES = 64 * 1024
+_HEAD_S = 30.0
+_LINGER_S = 1.0
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection, whose request heads are bounded in size and time."""
+
+    _head_bytes = 0
+    _head_is_open = True
+    _is_refused = False
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(_HEAD_S, self._on_slow_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        went_on = self._head_is_open  # a head that begins in this data is counted from the next on
+        super().data_received(data)
+        if not self._head_is_open or self._is_refused:
+            return
+        self._head_bytes += len(data) if went_on else 0
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(_HEAD_S, self._on_slow_head)
+        if self._head_bytes > _HEAD_BYTES:
+            self._refuse(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the request's head may hold at most {_HEAD_BYTES} bytes"
+            )
+
+    def on_message_begin(self) -> None:
+        self._head_is_open, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_is_open = False
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, "these bytes are not an HTTP request")
+
+    def _on_slow_head(self) -> None:
+        self._deadline = None
+        if self._head_bytes:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's head did not arrive within {_HEAD_S:g} s")
+        else:
+            self.transport.close()
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        # What is still on its way is read and dropped: closing on it would reset the connection under our answer.
+        self._is_refused = True
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 class _Server(uvicorn.Server):
@@ -34,14 +113,15 @@ class Listener:
         self._address = (host, port)
         config = uvicorn.Config(
             app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            lifespan="off",
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=64 * 1024,
-            ws="none",
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
