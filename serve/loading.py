@@ -1,39 +1,45 @@
 """Source and recipe in, a model that answers out: the one door through which every process loads.
 
-Finds the checkpoint, builds the empty model, compresses into it and says what that cost. Knows nothing about requests,
-Ray or HTTP, nor about how tokens are made.
+Finds the source and fingerprints it; then either maps a saved artifact, or reads the checkpoint, compresses it and
+saves what came out. Knows nothing about requests, Ray or HTTP, nor about how tokens are made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serve.compression import digests
+from serve.compression.account import account
+from serve.compression.artifact import Artifact, Store
 from serve.compression.calibration import Calibration
-from serve.compression.checkpoints import Checkpoint, Weights, find_source
-from serve.compression.compress import Progress, compress, silent
-from serve.compression.formats.linear import CompressedLinear
-from serve.compression.memory import prompt_release, release, watch_peak
+from serve.compression.checkpoints import Checkpoint, Source, Weights
+from serve.compression.compress import Progress, Sink, compress, silent
+from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
 from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
-from serve.compression.report import LoadReport, measure
+from serve.compression.report import LoadReport
+from serve.compression.restore import restore
 from serve.compression.skeleton import DTYPES, Skeleton, build
-from serve.errors import CheckpointError, UnsupportedHardware
+from serve.errors import ArtifactError, CheckpointError, UnsupportedHardware
 
 __all__ = ["LoadedModel", "load"]
 
 CODE_VERSION = 1
 """Part of every fingerprint: raised when the same recipe would give other numbers than before."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,33 +67,128 @@ def load(
 ) -> LoadedModel:
     """Load `source` as `recipe` says. Raise a `SetupError` of one line where it cannot be.
 
-    `artifacts` is the folder of the artifact store; None compresses anew every time.
+    `artifacts` is the folder of the artifact store; None compresses anew every time. A model that is only read, in the
+    type it is stored in, is never copied to the store.
     """
-    seconds: dict[str, float] = {}
-    target = _device(device)
     with prompt_release(), watch_peak() as peak:
-        with _timed(seconds, "open"):
-            checkpoint = Checkpoint.open(find_source(source))
-            plan = Plan(recipe, target)
-            skeleton = build(checkpoint.config, DTYPES[recipe.dtype])
-            weights = Weights(checkpoint, skeleton.model)
-            tokenizer = _tokenizer(checkpoint.folder)
-            fingerprint = _fingerprint(checkpoint, recipe, calibration)
-        with _timed(seconds, "compress"):
-            compress(skeleton, weights, plan, progress=progress)
+        job = _Load(source, recipe, _device(device), calibration, progress, peak)
+        if artifacts is None or not job.changes_weights:
+            job.compress(None)
+        else:
+            job.through(Store(artifacts))
         release()
-    model = skeleton.model
-    _set_generation_config(model, checkpoint.folder)
-    return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        config=model.config,
-        report=_report(skeleton, recipe, plan, weights, seconds, peak.peak_bytes),
-        fingerprint=fingerprint,
-        recipe=recipe,
-        context_length=_context_length(model.config, tokenizer),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-    )
+        return job.result()
+
+
+class _Load:
+    """One load: what is known before any weight is read, then the filled model and its report."""
+
+    def __init__(
+        self,
+        source: str,
+        recipe: Recipe,
+        device: torch.device,
+        calibration: Calibration | None,
+        progress: Progress,
+        peak: PeakMemory,
+    ) -> None:
+        self.recipe, self.calibration, self.progress, self.peak = recipe, calibration, progress, peak
+        self.seconds: dict[str, float] = {}
+        with _timed(self.seconds, "open"):
+            self.source = Source.find(source)
+            self.plan = Plan(recipe, device)
+            self.facts = _facts(self.source, recipe, calibration)
+            self.fingerprint = _fingerprint(self.facts)
+            self.skeleton = self._build()
+            self.tokenizer = _tokenizer(self.source.folder)
+        self.report: LoadReport | None = None
+
+    @property
+    def changes_weights(self) -> bool:
+        converts = self.source.stored_dtype != DTYPES[self.recipe.dtype]
+        return converts or bool(self.recipe.work) or self.recipe.lm_head != "keep"
+
+    def through(self, store: Store) -> None:
+        """A hit where the artifact is there and sound; else it is made, by one process at a time."""
+        if store.holds(self.fingerprint) and self._hit(store):
+            return
+        self.progress("wait", 0, 1)
+        with store.locked(self.fingerprint):
+            if store.holds(self.fingerprint) and self._hit(store):
+                return
+            draft = store.draft(self.fingerprint)
+            report = self.compress(draft)
+            with _timed(self.seconds, "save"):
+                store.finish(draft, {**self.facts, "recipe_name": self.recipe.name, "report": report.to_dict()})
+
+    def compress(self, sink: Sink | None) -> LoadReport:
+        """Read the checkpoint and apply the recipe."""
+        with _timed(self.seconds, "compress"):
+            weights = Weights(Checkpoint.open(self.source), self.skeleton.model)
+            compress(self.skeleton, weights, self.plan, sink=sink, progress=self.progress)
+        self.report = account(
+            self.skeleton, self.plan, self.seconds, self.peak.peak_bytes, unused_keys=weights.unused_keys
+        )
+        return self.report
+
+    def _hit(self, store: Store) -> bool:
+        """Fill the model from the store; what turns out to be damaged is thrown away and the model built anew."""
+        try:
+            with _timed(self.seconds, "map"):
+                self._restore(store.open(self.fingerprint))
+        except ArtifactError as error:
+            _log.warning("%s; making it anew", error)
+            store.discard(self.fingerprint)
+            self.skeleton = self._build()
+            return False
+        return True
+
+    def _restore(self, artifact: Artifact) -> None:
+        reader = _Mapping(artifact)
+        restore(self.skeleton, self.plan, reader.read)
+        saved = LoadReport.from_dict(artifact.manifest["report"])
+        self.report = account(
+            self.skeleton,
+            self.plan,
+            self.seconds,
+            self.peak.peak_bytes,
+            mapped=frozenset(reader.addresses),
+            artifact_hit=True,
+            calibration_tokens=saved.calibration_tokens,
+            unused_keys=saved.unused_keys,
+        )
+
+    def result(self) -> LoadedModel:
+        assert self.report is not None
+        model, folder = self.skeleton.model, self.source.folder
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return LoadedModel(
+            model=model,
+            tokenizer=self.tokenizer,
+            config=model.config,
+            report=self.report,
+            fingerprint=self.fingerprint,
+            recipe=self.recipe,
+            context_length=_context_length(model.config, self.tokenizer),
+            eos_token_ids=_eos_token_ids(model, self.tokenizer),
+        )
+
+    def _build(self) -> Skeleton:
+        return build(self.source.config, DTYPES[self.recipe.dtype])
+
+
+@dataclass
+class _Mapping:
+    """Reads an artifact and remembers where its tensors lie, to tell mapped memory from the process's own."""
+
+    artifact: Artifact
+    addresses: set[int] = field(default_factory=set)
+
+    def read(self, part: str) -> Mapping[str, Tensor]:
+        tensors = self.artifact.read(part)
+        self.addresses |= {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()}
+        return tensors
 
 
 def _device(name: str) -> torch.device:
@@ -101,8 +202,24 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - start
+
+
+def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """Everything that decides the weights."""
+    return {
+        "code_version": CODE_VERSION,
+        "source": digests.of_folder(source.folder, source.weight_files),
+        "recipe": recipe.to_dict(),
+        "calibration": calibration.to_dict() if calibration is not None and recipe.needs_calibration else None,
+    }
+
+
+def _fingerprint(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -113,21 +230,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> str:
-    facts: dict[str, Any] = {
-        "code": CODE_VERSION,
-        "source": digests.of_folder(checkpoint.folder, set(checkpoint.files.values())),
-        "recipe": recipe.to_dict(),
-        "calibration": calibration.to_dict() if calibration is not None and recipe.needs_calibration else None,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _set_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -141,62 +243,7 @@ def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a text: the generation config's, the model's and the tokenizer's, in that order."""
     found: list[int] = []
-    text = model.config.get_text_config(decoder=True)
-    for ids in (
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(text, "eos_token_id", None),
-        tokenizer.eos_token_id,
-    ):
+    for holder in (model.generation_config, model.config.get_text_config(decoder=True), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
         found += [ids] if isinstance(ids, int) else list(ids or ())
     return tuple(dict.fromkeys(found))
-
-
-def _report(
-    skeleton: Skeleton, recipe: Recipe, plan: Plan, weights: Weights, seconds: dict[str, float], peak_bytes: int
-) -> LoadReport:
-    model = skeleton.model
-    projections = {name: model.get_submodule(name) for name in skeleton.projections}
-    bytes_ = measure(model, projections)
-    kernels: dict[str, int] = {}
-    for module in projections.values():
-        path = module.kernel if isinstance(module, CompressedLinear) else f"dense {recipe.dtype}"
-        kernels[path] = kernels.get(path, 0) + 1
-    return LoadReport(
-        recipe=recipe.name,
-        precision=recipe.precision,
-        weight_bytes=bytes_.weight_bytes,
-        quantization_bytes=bytes_.quantization_bytes,
-        embedding_bytes=bytes_.embedding_bytes,
-        total_bytes=bytes_.total_bytes,
-        parameters=bytes_.parameters,
-        bits_per_weight=bytes_.bits_per_weight,
-        bits_per_parameter=8 * bytes_.total_bytes / bytes_.parameters,
-        compression_ratio=2 * bytes_.parameters / bytes_.total_bytes,
-        compression_ratio_fp32=4 * bytes_.parameters / bytes_.total_bytes,
-        seconds=seconds,
-        peak_load_bytes=peak_bytes,
-        kernels=kernels,
-        device=str(plan.device),
-        uncovered=_uncovered(skeleton) if recipe.quantizer else {},
-        unused_keys=weights.unused_keys,
-    )
-
-
-def _uncovered(skeleton: Skeleton) -> dict[str, str]:
-    """Weight matrices that stayed in floating point, and why."""
-    model, head = skeleton.model, skeleton.head
-    reasons: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        module_name = name.rpartition(".")[0]
-        module = model.get_submodule(module_name)
-        if parameter.dim() < 2 or isinstance(module, torch.nn.Embedding) or module_name == head:
-            continue
-        if parameter.dim() > 2:
-            reasons[name] = "stacked experts"
-        elif module_name in skeleton.routers:
-            reasons[name] = "router"
-        elif module_name in skeleton.projections:
-            reasons[name] = "skipped by the recipe"
-        else:
-            reasons[name] = "outside the decoder's linear layers"
-    return reasons

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 
 from serve.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Weights", "find_source"]
+__all__ = ["Checkpoint", "Source", "Weights", "find_source"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -75,24 +75,39 @@ def _from_hub(source: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An opened folder: its configuration, and which file holds which tensor. Reading maps, it does not copy."""
+class Source:
+    """A folder that holds a model, with its configuration read and its weight files found but not opened."""
 
     folder: Path
     config: PretrainedConfig
+    stored_dtype: torch.dtype | None  # as the configuration says; building a model changes the configuration's
+    weight_files: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, source: str) -> Source:
+        """Raise `CheckpointError` where there is no such model, or no configuration or weights of a known form."""
+        folder = find_source(source)
+        config = _read_config(folder)
+        return cls(folder, config, config.dtype, tuple(_weight_files(folder)))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source: which file holds which tensor. Reading maps, it does not copy."""
+
+    folder: Path
     files: dict[str, Path]  # tensor name -> file
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the configuration and every file's header; raise `CheckpointError` on anything that does not add up."""
-        config = _read_config(folder)
-        handles = {path: _open_file(path) for path in _weight_files(folder)}
+    def open(cls, source: Source) -> Checkpoint:
+        """Read every file's header; raise `CheckpointError` on anything that does not add up."""
+        handles = {path: _open_file(path) for path in source.weight_files}
         files = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-        for name in _indexed_names(folder):
+        for name in _indexed_names(source.folder):
             if name not in files:
-                raise CheckpointError(f"{folder}: the index names {name}, but no file holds it; download it again")
-        return cls(folder, config, files, handles)
+                raise CheckpointError(f"{source.folder}: the index names {name}, but no file holds it")
+        return cls(source.folder, files, handles)
 
     def read(self, name: str) -> Tensor:
         """The stored tensor, mapped from its file."""
@@ -169,10 +184,10 @@ class _Conversion:
 
 
 class Weights:
-    """A checkpoint seen through a model's parameter names."""
+    """A checkpoint seen through a model's parameter names. `elsewhere` names modules that are read in another way."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, elsewhere: Collection[str] = ()) -> None:
+        self.checkpoint, self._elsewhere = checkpoint, frozenset(elsewhere)
         self._model = model
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._direct: dict[str, str] = {}
@@ -180,6 +195,8 @@ class Weights:
         self._results: dict[str, Tensor] = {}
         unused: list[str] = []
         for key, target, converter, pattern in self._renamed():
+            if key.rpartition(".")[0] in self._elsewhere:
+                continue
             if target not in self._shapes:
                 unused.append(key)
             elif converter is None:
@@ -268,7 +285,9 @@ class Weights:
         missing = sorted(
             name
             for name in parameters
-            if not self.holds(name) and not any(re.search(pattern, name) for pattern in allowed)
+            if not self.holds(name)
+            and name.rpartition(".")[0] not in self._elsewhere
+            and not any(re.search(pattern, name) for pattern in allowed)
         )
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

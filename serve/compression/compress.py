@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from serve.compression.checkpoints import Weights
-from serve.compression.formats.head import Float32Head
 from serve.compression.formats.linear import CompressedLinear
 from serve.compression.memory import release
 from serve.compression.method import Group, InputStatistics, Need, Projection
 from serve.compression.plan import Plan, Treatment
 from serve.compression.producers import find_producer, watch_norms
+from serve.compression.restore import REST, finish_rest, move_buffers, restore_part
 from serve.compression.skeleton import Skeleton, set_module, set_tensor, weight_of
 from serve.errors import CompressionError
 
@@ -39,6 +39,10 @@ def silent(stage: str, done: int, total: int) -> None:
 
 class Sink(Protocol):
     """Receives every finished tensor in its plain layout, one part at a time: a block by its name, or `rest`."""
+
+    def read(self, part: str) -> Mapping[str, Tensor] | None:
+        """A part that an earlier, interrupted attempt has finished."""
+        ...
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None: ...
 
@@ -72,16 +76,21 @@ def compress(
     """Fill `skeleton.model` with weights as the plan says, in place. Raise `CompressionError` naming a bad layer."""
     job = _Job(skeleton, weights, plan, sink)
     total = len(skeleton.blocks)
-    _compress_rest(job)
+    if not _resume(job, REST):
+        _compress_rest(job)
     for done, block in enumerate(skeleton.blocks):
         progress("compress", done, total)
-        if activations is None:
+        if _resume(job, block):
+            move_buffers(skeleton.model.get_submodule(block), plan.device)
+        elif activations is None:
             _compress_alone(job, block)
         else:
             _compress_calibrated(job, block, activations)
+        if activations is not None:
+            activations.advance(block)
         job.flush(block)
         release()
-    _move_buffers(skeleton.model.modules(), plan.device)
+    move_buffers(skeleton.model, plan.device)
     progress("compress", total, total)
 
 
@@ -94,6 +103,7 @@ class _Job:
     plan: Plan
     sink: Sink | None
     finished: dict[str, Tensor] = field(default_factory=dict)  # plain tensors that the sink has not seen yet
+    resumed: set[str] = field(default_factory=set)  # parts that came from the sink
     loaded: dict[str, Projection] = field(default_factory=dict)  # read early, because a scale was folded into them
 
     @property
@@ -143,16 +153,26 @@ class _Job:
 
     def flush(self, part: str) -> None:
         """Hand the sink all that `part` holds, compressed or not."""
-        if self.sink is None:
+        if self.sink is None or part in self.resumed:
             return
-        prefix = tuple(f"{block}." for block in self.skeleton.blocks) if part == "rest" else (f"{part}.",)
+        prefix = tuple(f"{block}." for block in self.skeleton.blocks) if part == REST else (f"{part}.",)
         dense = {
             name: parameter.data
             for name, parameter in self.model.named_parameters()
-            if name.startswith(prefix) != (part == "rest")
+            if name.startswith(prefix) != (part == REST)
         }
         self.sink.write(part, self.finished | dense)
         self.finished = {}
+
+
+def _resume(job: _Job, part: str) -> bool:
+    """Take a finished part from the sink, if it has one."""
+    tensors = job.sink.read(part) if job.sink is not None else None
+    if tensors is None:
+        return False
+    restore_part(job.skeleton, job.plan, part, tensors)
+    job.resumed.add(part)
+    return True
 
 
 def _compress_rest(job: _Job) -> None:
@@ -167,9 +187,8 @@ def _compress_rest(job: _Job) -> None:
         if name in outside and source in outside:
             set_tensor(job.model, name, job.model.get_parameter(source))
     job.fill(outside)
-    if job.plan.float32_head and head is not None and isinstance(dense := job.model.get_submodule(head), nn.Linear):
-        set_module(job.model, head, Float32Head(dense))
-    job.flush("rest")
+    finish_rest(job.skeleton, job.plan)
+    job.flush(REST)
 
 
 def _compress_alone(job: _Job, block: str) -> None:
@@ -184,7 +203,7 @@ def _compress_alone(job: _Job, block: str) -> None:
 def _compress_calibrated(job: _Job, block: str, activations: Activations) -> None:
     """The whole block dense first, then group by group with what calibration saw at each input."""
     job.fill(_parameters(job, block))
-    _move_buffers(job.model.get_submodule(block).modules(), job.plan.device)
+    move_buffers(job.model.get_submodule(block), job.plan.device)
     with watch_norms(job.skeleton, block) as norms:
         groups = activations.groups(block)
     runs = [run for names in groups for run in _by_treatment(job, names)]
@@ -200,7 +219,6 @@ def _compress_calibrated(job: _Job, block: str, activations: Activations) -> Non
             _apply(job, treatment, group, measured.get(names[0]))
         for name in list(job.loaded):  # changed, but left dense by the recipe
             job.place_dense(job.load(name))
-    activations.advance(block)
 
 
 def _by_treatment(job: _Job, names: Sequence[str]) -> list[tuple[Treatment, list[str]]]:
@@ -239,11 +257,3 @@ def _projections(job: _Job, block: str) -> list[str]:
 
 def _parameters(job: _Job, block: str) -> list[str]:
     return [name for name, _ in job.model.get_submodule(block).named_parameters(block)]
-
-
-def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Tables that the model computed for itself (rotary frequencies and the like) follow the weights."""
-    for module in modules:
-        if not isinstance(module, CompressedLinear):
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
