@@ -2,7 +2,7 @@
 
 A server that, like an inference engine, writes one token to each of 64 streams at every step notes when it wrote
 each; the generator is bound to one core, the server to another. The table shows p99 of the gaps as written and as
-measured, for rising numbers of tokens a second.
+measured, for rising numbers of tokens a second. `--realtime` puts server and worker before a busy machine's others.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 STREAMS = 64
-STEPS_PER_S = (31.25, 100.0, 250.0, 500.0, 1000.0, 2000.0)
+STEPS_PER_S = (31.25, 125.0, 500.0, 1000.0, 2000.0)
 SECONDS = 4.0
 ROOT = Path(__file__).parent.parent.parent
 
@@ -72,7 +72,7 @@ async def serve(steps_per_s: float, tokens: int) -> None:
     print(json.dumps({"p50": float(np.quantile(gaps, 0.5)), "p99": float(np.quantile(gaps, 0.99))}))
 
 
-def measure(steps_per_s: float, cores: list[int]) -> None:
+def measure(steps_per_s: float, cores: list[int], realtime: bool) -> None:
     tokens = max(20, int(steps_per_s * 2))
     command = [sys.executable, __file__, "serve", str(steps_per_s), str(tokens)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -80,13 +80,14 @@ def measure(steps_per_s: float, cores: list[int]) -> None:
         port = int(server.stdout.readline())
         run = [sys.executable, "-m", "loadtest", "run", "--url", f"http://127.0.0.1:{port}", "--model", "fake"]
         run += ["--concurrency", str(STREAMS), "--duration", str(SECONDS), "--warmup", "1s", "--json", "--quiet"]
-        done = subprocess.run(
-            run, capture_output=True, text=True, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, cores[:1])
-        )
+        with subprocess.Popen(
+            run, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, cores[:1])
+        ) as generator:
+            if realtime:
+                put_first(server.pid, *children_of(generator))
+            stdout = generator.communicate()[0]
         written = json.loads(server.communicate()[0].splitlines()[-1])
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    result = json.loads(done.stdout)
+    result = json.loads(stdout)
     overall, generator = result["overall"], result["generator"]
     seen = overall["itl_s"]
     print(
@@ -98,11 +99,25 @@ def measure(steps_per_s: float, cores: list[int]) -> None:
     )
 
 
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    """Waits for the generator's worker to start."""
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (children := tasks.read_text().split()):
+        time.sleep(0.01)
+    return [int(child) for child in children]
+
+
+def put_first(*processes: int) -> None:
+    """As if nobody else used the machine: server and worker go before other programs. Needs to be root."""
+    for process in processes:
+        os.sched_setscheduler(process, os.SCHED_FIFO, os.sched_param(1))
+
+
 def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     print("tokens/s  | p50 written, seen | p99 written, seen, added | lag p99 | CPU | was it the bottleneck? (ms)")
     for steps_per_s in STEPS_PER_S:
-        measure(steps_per_s, cores)
+        measure(steps_per_s, cores, "--realtime" in sys.argv)
 
 
 if __name__ == "__main__":
