@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import FastAPI
 
+from serve.api.auth import PUBLIC_PATHS
 from serve.api.backend import Backend
 from serve.api.errors import install_error_handlers
 from serve.api.guard import Guard
@@ -23,6 +24,7 @@ from serve.api.routes import (
     token_routes,
 )
 from serve.api.settings import ApiSettings
+from serve.dashboard import PAGE_PATHS, dashboard_routes
 
 __all__ = ["create_app"]
 
@@ -48,10 +50,11 @@ def create_app(backend: Backend, settings: ApiSettings | None = None) -> FastAPI
     app.include_router(token_routes(backend, settings))
     app.include_router(operation_routes(backend))
     app.include_router(admin_routes(backend, settings))
+    app.include_router(dashboard_routes())
     app.include_router(index_routes(app))
     install_error_handlers(app)
     describe(app)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, public_paths=PUBLIC_PATHS | PAGE_PATHS)
     return app
 
 

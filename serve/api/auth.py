@@ -1,8 +1,9 @@
 """Who may call which path. Pure decisions on an ASGI scope; standard library only.
 
-**Default deny.** Once API keys are configured every path needs one, save the two probes; a path that no route serves is
-refused all the same. The decision reads `scope["path"]`, what the router itself matches on, never a URL rebuilt from
-the `Host` header. Keys are kept as SHA-256 digests, compared in constant time, and never shown or logged.
+**Default deny.** Once API keys are configured every path needs one, save the two probes and the dashboard's files,
+which hold no data; a path that no route serves is refused all the same. The decision reads `scope["path"]`, what the
+router itself matches on, never a URL rebuilt from the `Host` header. Keys are kept as SHA-256 digests, compared in
+constant time, and never shown or logged.
 
 **Admin.** `/admin` needs the admin key. While none is configured it answers only programs on this machine: the peer is
 a loopback address, nothing says that a proxy stands between, and the `Host` and `Origin` that a browser adds are local
@@ -12,7 +13,7 @@ too, so that no web page (DNS rebinding, cross-site forms) can reach it through 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from ipaddress import ip_address
@@ -48,14 +49,14 @@ class Keys:
         return self.admin is not None and hmac.compare_digest(digest, self.admin)
 
 
-def authorize(scope: Mapping[str, Any], keys: Keys) -> None:
+def authorize(scope: Mapping[str, Any], keys: Keys, public_paths: Collection[str] = PUBLIC_PATHS) -> None:
     """Return if this request may pass; otherwise raise `Unauthorized` or `Forbidden`."""
     path: str = scope["path"]
     headers = dict(scope["headers"])
     presented = _presented(headers)
     if is_admin(path):
         _authorize_admin(scope, headers, keys, presented)
-    if path in PUBLIC_PATHS or not keys.api:
+    if path in public_paths or not keys.api:
         return
     if presented is None or not keys.opens_api(presented):
         raise Unauthorized("a known API key is needed: send the header 'Authorization: Bearer KEY'")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.api.auth import authorize
+from serve.api.auth import PUBLIC_PATHS, authorize
 from serve.api.errors import error_response
 from serve.api.limits import Limits
 from serve.api.settings import ApiSettings
@@ -16,9 +16,10 @@ __all__ = ["Guard"]
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ApiSettings, public_paths: Collection[str] = PUBLIC_PATHS) -> None:
         self._app = app
         self._settings = settings
+        self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -31,7 +32,7 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             _check_headers(scope["headers"], self._settings.limits)
-            authorize(scope, self._settings.keys)
+            authorize(scope, self._settings.keys, self._public_paths)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
         else:

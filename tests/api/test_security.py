@@ -15,6 +15,7 @@ import pytest
 from serve.api import ApiSettings, Keys, Limits
 from serve.api.app import create_app
 from serve.api.auth import PUBLIC_PATHS, authorize
+from serve.dashboard import PAGE_PATHS
 from serve.errors import Forbidden, Unauthorized
 from tests.api.conftest import Rim, run_rim
 from tests.api.scripted import ANSWER, ScriptedBackend
@@ -75,10 +76,10 @@ def test_the_walk_below_meets_every_route() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [*routes(), ("GET", "/openapi.json"), ("GET", "/nothing"), ("PUT", "/v1")])
-def test_every_route_but_the_probes_needs_a_key(door: httpx.Client, method: str, path: str) -> None:
+def test_every_route_but_the_probes_and_the_page_needs_a_key(door: httpx.Client, method: str, path: str) -> None:
     keyless = door.request(method, path)
     wrong = door.request(method, path, headers=bearer("sk-three"))
-    if path in PUBLIC_PATHS:
+    if path in PUBLIC_PATHS | PAGE_PATHS:
         assert keyless.status_code == 200
         return
     for response in (keyless, wrong):

@@ -1,0 +1,99 @@
+// Which precision? Speed against bytes, and quality against bytes once the server measures it; each with its front.
+
+import { FrontChart } from "../charts.js";
+import { el, keyed, setText, show } from "../dom.js";
+import { bytes, duration, factor, number, percent } from "../format.js";
+import { markOf, seriesClass } from "../palette.js";
+import { mean } from "../prometheus.js";
+import { panel } from "./panel.js";
+
+export function choicePanel() {
+  const speed = new FrontChart({
+    title: "Speed against bytes",
+    note: "up and left is better",
+    height: 250,
+    xFormat: (v) => bytes(v, 2),
+    yFormat: (v) => number(v),
+    xLabel: "stored weights",
+    yLabel: "tokens/s of one answer",
+  });
+  const quality = new FrontChart({
+    title: "Quality against bytes",
+    note: "down and left is better",
+    height: 250,
+    xFormat: (v) => bytes(v, 2),
+    yFormat: (v) => number(v, 2),
+    xLabel: "stored weights",
+    yLabel: "KL, nats per token",
+    lowerIsBetter: true,
+  });
+  const head = el("tr", {}, ["Variant", "Speed", "Bytes", "16-bit saving", "KL"].map((t) => el("th", { scope: "col" }, t)));
+  const body = el("tbody");
+  const table = el("table", { class: "choice" }, el("caption"), el("thead", {}, head), body);
+  const verdict = el("p", { class: "verdict" });
+
+  function update(view) {
+    const points = pointsOf(view.variants);
+    const quiet = points.filter((p) => Number.isFinite(p.speed));
+    const judged = points.filter((p) => Number.isFinite(p.drift));
+    show(speed.node, quiet.length > 0);
+    show(quality.node, judged.length > 0);
+    const front = quiet.length ? speed.plot(quiet.map(({ variant, size, speed: y }) => ({ variant, x: size, y }))) : [];
+    if (judged.length) quality.plot(judged.map(({ variant, size, drift: y }) => ({ variant, x: size, y })));
+    const reference = points.find((p) => p.variant.name === view.reference);
+    setText(table.caption, reference ? `Held against ${view.reference}` : "");
+    keyed(body, points, (p) => p.variant.name, makeRow, (row, p) => updateRow(row, p, reference));
+    setText(verdict, verdictOf(quiet, front));
+  }
+
+  const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
+  return panel(
+    { id: "choice", title: "Which precision", lead, update, available: (view) => pointsOf(view.variants).length > 0 },
+    el("div", { class: "split" }, el("div", { class: "charts" }, speed.node, quality.node), el("div", {}, verdict, table)),
+  );
+}
+
+/** What can be compared: the ready variants, with one answer's tokens per second as the exact mean gap gives it. */
+function pointsOf(variants) {
+  const known = variants.filter((v) => v.state === "ready" && Number.isFinite(v.storedBytes));
+  return known.map((variant) => ({
+    variant,
+    size: variant.storedBytes,
+    speed: 1 / mean(variant.stats.itl),
+    gap: mean(variant.stats.itl),
+    drift: variant.stats.drift.meanNats,
+  }));
+}
+
+function makeRow({ variant }) {
+  const name = el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
+  const cells = [0, 1, 2, 3].map(() => el("td", {}, el("span", { class: "main" }), el("span", { class: "second" })));
+  return el("tr", {}, el("th", { scope: "row" }, name), cells);
+}
+
+function updateRow(row, point, reference) {
+  const { variant, size, speed, gap, drift } = point;
+  const texts = [
+    [factor(speed / reference?.speed), `${duration(gap)} per token`],
+    [factor(size / reference?.size), bytes(size)],
+    [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits per weight`],
+    [number(drift, 2), Number.isFinite(drift) ? `${percent(variant.stats.drift.agreement)} same first choice` : "not measured"],
+  ];
+  texts.forEach(([main, second], index) => {
+    const [first, below] = row.children[index + 1].children;
+    setText(first, main);
+    setText(below, second);
+  });
+}
+
+/** The plot in a sentence or two. */
+function verdictOf(points, front) {
+  if (!points.length) return "No answers yet to time. Send some, or try the loupe.";
+  if (points.length === 1) return `Only ${points[0].variant.name} has answered so far.`;
+  const fastest = points.toSorted((a, b) => b.speed - a.speed)[0].variant.name;
+  const smallest = points.toSorted((a, b) => a.size - b.size)[0].variant.name;
+  const best = fastest === smallest ? `${fastest} is both fastest and smallest.` : `${fastest} is fastest, ${smallest} smallest.`;
+  const beaten = points.map((p) => p.variant.name).filter((name) => !front.includes(name));
+  const lost = beaten.length ? ` Another variant is both faster and smaller than ${beaten.join(" and ")}.` : "";
+  return best + lost;
+}

@@ -1,0 +1,165 @@
+// Who serves what share, as configured and as it came, and the sliders that change it.
+
+import { sendJson, ServerError } from "../client.js";
+import { el, keyed, setAttribute, setText, setVars, show } from "../dom.js";
+import { count, percent, span } from "../format.js";
+import { markOf, seriesClass } from "../palette.js";
+import { rebalanced, rounded } from "../weights.js";
+import { panel } from "./panel.js";
+
+export function trafficPanel({ look, askKey }) {
+  const bars = el("div", { class: "shares" });
+  const note = el("p", { class: "hint" });
+  const editor = new Editor(look, askKey);
+
+  function update(view) {
+    const rows = rowsOf(view);
+    keyed(bars, rows, (row) => row.key, makeBar, updateBar);
+    setText(note, noteOf(view));
+    editor.update(view);
+  }
+
+  const described = { id: "traffic", title: "Traffic", update };
+  return panel(described, el("div", { class: "split" }, el("div", {}, bars, note), editor.node));
+}
+
+function rowsOf({ variants, answered, span: { whole, seconds }, snapshot }) {
+  const row = (key, label, shareOf) => {
+    return { key, label, parts: variants.map((variant) => ({ variant, share: shareOf(variant) || 0 })) };
+  };
+  const rows = [];
+  const configured = snapshot.traffic !== null;
+  const moved = variants.some((v) => Math.abs(v.servingShare - v.weight / 100) > 1e-6);
+  if (configured) rows.push(row("configured", "Configured", (v) => v.weight / 100));
+  if (!configured || moved) rows.push(row("in-force", "In force", (v) => v.servingShare));
+  const answers = whole ? "Answered" : `Answered in ${span(seconds)}`;
+  if (answered) rows.push(row("answered", answers, (v) => v.answeredShare));
+  return rows;
+}
+
+function makeBar() {
+  return el("div", { class: "share" }, el("span", { class: "label" }), el("div", { class: "bar", role: "img" }));
+}
+
+function updateBar(node, { label, parts }) {
+  const [name, bar] = node.children;
+  setText(name, label);
+  const present = parts.filter((part) => part.share > 0);
+  setAttribute(bar, "aria-label", `${label}: ${present.map((p) => `${p.variant.name} ${percent(p.share)}`).join(", ")}`);
+  keyed(
+    bar,
+    present,
+    (part) => part.variant.name,
+    (part) => el("span", { class: `part ${seriesClass(part.variant)}` }, el("span")),
+    (part, { variant, share }) => {
+      setVars(part, { "--share": share });
+      setAttribute(part, "title", `${variant.name}: ${percent(share)}`);
+      part.classList.toggle("narrow", share < 0.12);
+      setText(part.firstChild, `${markOf(variant)} ${variant.name} ${percent(share)}`);
+    },
+  );
+}
+
+function noteOf({ variants, answered, snapshot }) {
+  const absent = variants.filter((v) => v.weight > 0 && v.state !== "ready").map((v) => `${v.name} is ${v.state}`);
+  const refused = Object.values(snapshot.refused).reduce((total, value) => total + value, 0);
+  return [
+    absent.length ? `${absent.join(", ")}: others take its share.` : "",
+    answered ? `${count(answered)} answers, pinned ones included.` : "Nothing was asked yet. Try the loupe below.",
+    refused ? `${count(refused)} requests were refused before they came to a variant (${codes(snapshot.refused)}).` : "",
+  ].join(" ");
+}
+
+const codes = (byCode) => Object.entries(byCode).map(([code, value]) => `${code} ${count(value)}`).join(", ");
+
+/** Sliders whose sum stays 100. What a person has begun to change is not overwritten by what the server says. */
+class Editor {
+  #look;
+  #askKey;
+  #edited = null;
+  #server = {};
+  #fallback = "";
+  #sliders = el("div", { class: "sliders" });
+  #apply = el("button", { type: "submit", class: "primary" }, "Apply");
+  #reset = el("button", { type: "button" }, "Undo");
+  #said = el("p", { class: "hint", role: "status" });
+  #form = el("form", { "aria-label": "Change the split" }, this.#sliders, el("div", { class: "buttons" }, this.#reset, this.#apply));
+  #unlock = el("button", { type: "button" }, "Enter the admin key …");
+  #lockedWhy = el("p", { class: "hint" });
+  #locked = el("div", { class: "locked" }, this.#lockedWhy, this.#unlock);
+  node = el("div", { class: "editor" }, el("h3", {}, "Change the split"), this.#form, this.#said, this.#locked);
+
+  constructor(look, askKey) {
+    this.#look = look;
+    this.#askKey = askKey;
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      void this.#send();
+    });
+    this.#reset.addEventListener("click", () => this.#edit(null));
+    this.#unlock.addEventListener("click", () => this.#askKey("Changing the split takes the admin key."));
+  }
+
+  update(view) {
+    const open = view.snapshot.traffic !== null;
+    show(this.#form, open);
+    show(this.#locked, !open);
+    if (!open) return this.#explain(view.refusal);
+    this.#server = view.snapshot.traffic.weights;
+    this.#fallback = view.snapshot.traffic.stable;
+    keyed(this.#sliders, view.variants, (v) => v.name, (v) => this.#slider(v), (node, v) => this.#fill(node, v));
+    return this.#buttons();
+  }
+
+  #explain(refusal) {
+    setText(this.#lockedWhy, refusal?.message ?? "The admin routes are closed.");
+    show(this.#unlock, refusal?.status === 401);
+  }
+
+  get #weights() {
+    return this.#edited ?? this.#server;
+  }
+
+  #slider(variant) {
+    const slider = el("input", { type: "range", min: 0, max: 100, step: 1, "aria-label": `Share of ${variant.name}, percent` });
+    slider.addEventListener("input", () => this.#edit(rebalanced(this.#weights, variant.name, slider.valueAsNumber, this.#fallback)));
+    const name = el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
+    return el("label", { class: "slider" }, name, slider, el("output"));
+  }
+
+  #fill(node, { name }) {
+    const [, slider, output] = node.children;
+    const weight = this.#weights[name] ?? 0;
+    if (slider.valueAsNumber !== Math.round(weight)) slider.value = weight;
+    setAttribute(slider, "aria-valuetext", `${rounded(weight)} percent`);
+    setText(output, `${rounded(weight)} %`);
+  }
+
+  #edit(weights) {
+    this.#edited = weights;
+    for (const node of this.#sliders.children) this.#fill(node, { name: node.dataset.key });
+    this.#buttons();
+    setText(this.#said, weights ? "Not applied yet." : "");
+  }
+
+  #buttons() {
+    this.#apply.disabled = this.#edited === null;
+    this.#reset.disabled = this.#edited === null;
+  }
+
+  async #send() {
+    if (!this.#edited) return;
+    try {
+      const split = await sendJson("PUT", "admin/traffic", { weights: this.#edited });
+      this.#server = split.weights;
+      this.#edit(null);
+      const shares = Object.entries(split.weights).map(([name, weight]) => `${name} ${rounded(weight)} %`);
+      setText(this.#said, `In force: ${shares.join(", ")}.`);
+      this.#look();
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      setText(this.#said, `Not changed: ${error.message}`);
+      if (error.status === 401) this.#askKey(error.message);
+    }
+  }
+}

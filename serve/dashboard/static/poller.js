@@ -1,0 +1,76 @@
+// Asks the server about once a second: not while nobody looks, and ever more seldom while it does not answer.
+
+import { ServerError, getJson, getText } from "./client.js";
+import { readSnapshot } from "./snapshot.js";
+
+const PERIOD_MS = 1000;
+const LONGEST_MS = 15000;
+
+/**
+ * Calls `onSnapshot(snapshot, refusal)`, where `refusal` is why the admin routes are closed to us, or null; and
+ * `onError(error, retryMs)` where a look failed. What only a key would mend (401) stops the looking until `now()`.
+ */
+export class Poller {
+  #timer = 0;
+  #failures = 0;
+  #looking = false;
+  #refusal = null;
+  #onSnapshot;
+  #onError;
+
+  constructor(onSnapshot, onError) {
+    this.#onSnapshot = onSnapshot;
+    this.#onError = onError;
+    document.addEventListener("visibilitychange", () => this.#schedule(0));
+  }
+
+  /** Look at once, with whatever key there is now. */
+  now() {
+    this.#failures = 0;
+    this.#refusal = null;
+    this.#schedule(0);
+  }
+
+  #schedule(waitMs) {
+    clearTimeout(this.#timer);
+    if (!document.hidden && Number.isFinite(waitMs)) this.#timer = setTimeout(() => this.#look(), waitMs);
+  }
+
+  async #look() {
+    if (this.#looking) return;
+    this.#looking = true;
+    let waitMs = PERIOD_MS;
+    try {
+      const snapshot = await this.#snapshot();
+      this.#failures = 0;
+      this.#onSnapshot(snapshot, this.#refusal);
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      this.#failures += 1;
+      waitMs = error.status === 401 ? Infinity : Math.min(LONGEST_MS, PERIOD_MS * 2 ** this.#failures);
+      this.#onError(error, waitMs);
+    } finally {
+      this.#looking = false;
+      this.#schedule(waitMs);
+    }
+  }
+
+  async #snapshot() {
+    const metrics = await getText("metrics");
+    const [models, admin] = await Promise.all([getJson("v1/models"), this.#admin()]);
+    return readSnapshot(metrics, models.data, admin, Date.now());
+  }
+
+  /** The admin routes may be closed to us: the rest of the page lives without them, and does not knock again. */
+  async #admin() {
+    if (this.#refusal) return null;
+    try {
+      const [variants, traffic] = await Promise.all([getJson("admin/variants"), getJson("admin/traffic")]);
+      return { variants: variants.variants, traffic };
+    } catch (error) {
+      if (!(error instanceof ServerError && (error.status === 401 || error.status === 403))) throw error;
+      this.#refusal = error;
+      return null;
+    }
+  }
+}

@@ -1,0 +1,98 @@
+"""The page as a person meets it: headless Chromium in front of a server with nothing behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import uvicorn
+
+from serve.api import ApiSettings, Keys
+from serve.api.app import create_app
+from tests.dashboard.stage import Stage
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (the dev extra)")
+
+_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@dataclass
+class Server:
+    url: str
+    stage: Stage
+
+
+@contextmanager
+def serving(settings: ApiSettings) -> Iterator[Server]:
+    """On a free port, in a thread of its own."""
+    stage = Stage()
+    server = uvicorn.Server(uvicorn.Config(create_app(stage, settings), log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listener]),))
+        thread.start()
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", stage)
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def _open() -> Iterator[Server]:
+    with serving(ApiSettings()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _locked() -> Iterator[Server]:
+    with serving(ApiSettings(keys=Keys.of(["sk-api"], admin="sk-admin"))) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_open: Server) -> Server:
+    _open.stage.reset()
+    return _open
+
+
+@pytest.fixture
+def locked(_locked: Server) -> Server:
+    """It answers `sk-api`, and `sk-admin` alone changes anything."""
+    _locked.stage.reset()
+    return _locked
+
+
+# One per module and no longer: while Playwright's own event loop runs, no other test could start one.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser's console said, and errors that nobody caught. A test that expects one clears it."""
+    return []
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, complaints: list[str]) -> Iterator[playwright.Page]:
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        yield page
+        assert complaints == []
