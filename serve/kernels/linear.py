@@ -43,7 +43,7 @@ class PackedLinear:
     def int8(cls, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """weight: int8 `[outputs, inputs]`; scale: float32 `[outputs]`."""
         spec = Linear(format=_INT8, outputs=weight.shape[0], inputs=weight.shape[1])
-        offset = weight.sum(dim=1, dtype=torch.int32).mul_(128).float()
+        offset = weight.sum(dim=1, dtype=torch.int32).mul_(128)
         tensors = {"weight": _pack(spec, weight, torch.int8), "scale": scale.contiguous().float(), "offset": offset}
         return cls(spec, {**tensors, **_bias(bias)})
 

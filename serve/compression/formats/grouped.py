@@ -1,8 +1,9 @@
 """The integer format that round-to-nearest, GPTQ and AWQ share: packed codes, and a scale per row and group of columns.
 
 `serve.compression.formats.integer_grid` says what the codes mean, `packing` how they lie in memory. One kernel per
-format: up to `KERNEL_BATCH` rows of activations go through torch's packed int4 product; more rows (and other widths,
-group sizes and devices) through a bounded tile of unpacked rows and a GEMM. Both multiply by
+format: our tile product where the CPU has tile registers and the activations are bf16, at every number of rows.
+Elsewhere up to `KERNEL_BATCH` rows of activations go through torch's packed int4 product; more rows (and other widths,
+group sizes and devices) through a bounded tile of unpacked rows and a GEMM. All multiply by
 
     (code - middle) * scale + offset,        offset = (middle - zero_point) * scale,  0 when symmetric
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.formats.linear import CompressedLinear, LinearSpec, Storage
 from serve.compression.formats.packing import kernel_block_rows, pack, packed_shape, repack, unpack
+from serve.kernels import PackedLinear
 
 __all__ = ["KERNEL_BATCH", "GroupedLinear"]
 
@@ -81,6 +83,8 @@ class GroupedLinear(CompressedLinear):
 
     @property
     def kernel(self) -> str:
+        if self.packed is not None:
+            return "int4 tiles"
         tiled = f"int{self.grid.bits} tiles + GEMM"
         return tiled if self._kernel_grid is None else f"torch int4pack (tiles + GEMM above {KERNEL_BATCH} rows)"
 
@@ -93,6 +97,9 @@ class GroupedLinear(CompressedLinear):
 
     def _prepare(self) -> None:
         """Lay out scales and offsets as the kernel reads them, and codes as this machine packs them."""
+        if self.packable and self.grid.bits == 4 and not self.reordered and self._columns % 32 == 0:
+            self._prepare_tiles()
+            return
         group, block_rows = self._kernel_group(), kernel_block_rows()
         if group is None or block_rows is None:
             return
@@ -107,6 +114,16 @@ class GroupedLinear(CompressedLinear):
         if not self.grid.symmetric:
             self.zero_points = self.zero_points.new_empty(0)
 
+    def _prepare_tiles(self) -> None:
+        weight, symmetric = self.to_weight(), self.grid.symmetric
+        levels = torch.arange(self.grid.levels) - (self.grid.middle if symmetric else 0)
+        zeros = None if symmetric else self.zero_points.t().to(torch.bfloat16)
+        scales = self.scales.t().to(torch.bfloat16)
+        self.packed = PackedLinear.code4(weight.codes, scales, zeros, levels, self._columns, self.bias)
+        for name in ("codes", "scales", "zero_points"):
+            if name in self._buffers:
+                setattr(self, name, getattr(self, name).new_empty(0))
+
     def _kernel_group(self) -> int | None:
         """Group size to call the packed kernel with, or None where it does not apply."""
         if self.codes.device.type != "cpu" or self.grid.bits != 4 or self.spec.dtype == torch.float64:
@@ -114,6 +131,8 @@ class GroupedLinear(CompressedLinear):
         return next((g for g in _KERNEL_GROUPS if self._columns % g == 0 and self.in_features % g == 0), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and x.dtype is torch.bfloat16:
+            return self.multiply_packed(self.packed, x)
         rows = x.reshape(-1, self.in_features)
         if self.reordered:
             rows = rows.index_select(1, self.permutation)

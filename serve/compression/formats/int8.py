@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from serve.compression.formats.linear import CompressedLinear, LinearSpec, Storage
-from serve.kernels import PackedLinear, unavailable
+from serve.kernels import PackedLinear
 
 __all__ = ["Int8Linear", "quantize_rows", "quantize_tokens"]
 
@@ -55,18 +55,15 @@ class Int8Linear(CompressedLinear):
         super().__init__(spec)
         self.declare("weight", (spec.out_features, spec.in_features), torch.int8)
         self.declare("scale", (spec.out_features,), torch.float32)
-        self.packed: PackedLinear | None = None
         self._packed: Tensor | None = None
         self._zero_points: Tensor | None = None
 
     def _prepare(self) -> None:
-        if self.weight.device.type != "cpu":
-            return
-        if self.spec.dtype is torch.bfloat16 and unavailable() is None:
+        if self.packable:
             self.packed = PackedLinear.int8(self.weight, self.scale, self.bias)
             self.weight = self.weight.new_empty(0)
             return
-        if not has_int8_dot():
+        if self.weight.device.type != "cpu" or not has_int8_dot():
             return
         self._packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
         self._zero_points = _zero_points(self.out_features)
@@ -84,7 +81,7 @@ class Int8Linear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and x.dtype is torch.bfloat16:
-            return self.packed(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            return self.multiply_packed(self.packed, x)
         tokens, scale = quantize_tokens(x.reshape(-1, self.in_features))
         if self._packed is not None:
             product = self._onednn(tokens)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from serve.errors import ArtifactError
+from serve.kernels import PackedLinear, unavailable
 
 __all__ = ["CompressedLinear", "LinearSpec", "Storage", "tiled_product"]
 
@@ -48,6 +49,8 @@ class CompressedLinear(nn.Module, ABC):
 
     metadata: ClassVar[tuple[str, ...]] = ()
     bias: Tensor | None
+    packed: PackedLinear | None = None
+    """The weights as `serve.kernels` reads them, where this machine has the kernels and the format such a form."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
@@ -82,6 +85,16 @@ class CompressedLinear(nn.Module, ABC):
 
     def _prepare(self) -> None:
         return None
+
+    @property
+    def packable(self) -> bool:
+        """Whether the kernels of this machine could multiply the layer; `_prepare` then fills `packed`."""
+        on_cpu = all(buffer.device.type == "cpu" for buffer in self.buffers())
+        return on_cpu and self.spec.dtype is torch.bfloat16 and unavailable() is None
+
+    def multiply_packed(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """`forward` by the kernels, for bf16 activations."""
+        return packed(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def storage(self) -> Storage:
         """Exact bytes of the plain layout."""

@@ -5,8 +5,9 @@ et al., arXiv 2305.14314). The matrix is cut, row after row, into blocks of `blo
 largest magnitude and every value replaced by its nearest level's index, two to a byte. *Double quantization* stores the
 blocks' scales in 8 bits as well, in blocks of 256 with one offset: 4.5 bits per weight become 4.13.
 
-Kernels are bitsandbytes': a fused product on CPUs with AVX512-BF16 (which wants its own packing and bf16 scales) and on
-CUDA; elsewhere the layer's weight is decoded for each call and thrown away. No 16-bit copy is kept anywhere.
+Kernels: our tile product where the CPU has tile registers; bitsandbytes' fused product on CPUs with AVX512-BF16 and on
+CUDA; elsewhere the layer's weight is decoded for each call and thrown away. Both CPU kernels want their own packing and
+scales in bf16, ours the levels too. No 16-bit copy is kept anywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from serve.compression.formats.linear import CompressedLinear, LinearSpec, Storage, tiled_product
+from serve.kernels import PackedLinear
 
 __all__ = ["Nf4Linear", "bitsandbytes_functional", "quantize_blocks"]
 
@@ -88,6 +90,8 @@ class Nf4Linear(CompressedLinear):
 
     @property
     def kernel(self) -> str:
+        if self.packed is not None:
+            return "nf4 tiles"
         if self._packed is not None or self.weight.is_cuda:
             return "nf4 bitsandbytes.gemv_4bit"
         return "nf4 decoded per call"
@@ -95,13 +99,26 @@ class Nf4Linear(CompressedLinear):
     def _prepare(self) -> None:
         functional = bitsandbytes_functional()
         self._code = functional.get_4bit_type("nf4", device=self.weight.device)
-        if not self._can_pack(functional):
+        if self.packable and self.in_features % self.block_size == 0:
+            self.packed = self._tiles()
+        elif self._can_pack(functional):
+            packed, state = functional._convert_weight_packed_for_cpu(self.weight[:, None], self._state())
+            self._packed, self._packed_scale = packed, state.absmax
+        else:
             return
-        packed, state = functional._convert_weight_packed_for_cpu(self.weight[:, None], self._state())
-        self._packed, self._packed_scale = packed, state.absmax
         for name in ("weight", *self.metadata):
             if name in self._buffers:
                 setattr(self, name, getattr(self, name).new_empty(0))
+
+    def _tiles(self) -> PackedLinear:
+        assert self._code is not None
+        scales = self._decoded_absmax().view(self.out_features, -1).to(torch.bfloat16)
+        return PackedLinear.code4(self._codes().view(self._shape), scales, None, self._code, self.block_size, self.bias)
+
+    def _codes(self) -> Tensor:
+        """One level's index a byte, `[out * in]`."""
+        count = self.in_features * self.out_features
+        return torch.stack([self.weight >> 4, self.weight & 15], dim=1).reshape(-1)[:count]
 
     def _can_pack(self, functional: Any) -> bool:
         return (
@@ -115,11 +132,16 @@ class Nf4Linear(CompressedLinear):
 
     def storage(self) -> Storage:
         plain = super().storage()
+        if self.packed is not None:
+            weight_bytes = self.in_features * self.out_features // 2
+            return Storage(weight_bytes, weight_bytes * 4 // self.block_size, plain.bias_bytes)
         if self._packed is None or self._packed_scale is None:
             return plain
         return Storage(self._packed.nbytes, self._packed_scale.nbytes, plain.bias_bytes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and x.dtype is torch.bfloat16:
+            return self.multiply_packed(self.packed, x)
         if self._packed is None:
             y = self._product(x)
         else:
@@ -183,7 +205,6 @@ class Nf4Linear(CompressedLinear):
     def dequantize(self) -> Tensor:
         absmax = self._decoded_absmax()
         code = bitsandbytes_functional().get_4bit_type("nf4", device=self.weight.device)
-        indices = torch.stack([self.weight >> 4, self.weight & 15], dim=1).reshape(-1)
-        count = self.in_features * self.out_features
-        values: Tensor = code[indices.int()][:count] * absmax.repeat_interleave(self.block_size)[:count]
+        codes = self._codes()
+        values: Tensor = code[codes.int()] * absmax.repeat_interleave(self.block_size)[: codes.numel()]
         return values.view(self._shape)

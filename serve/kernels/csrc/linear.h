@@ -12,6 +12,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -30,7 +31,7 @@ struct Linear {
   int32_t half_scales;             // code4: scale and offset are bf16, else fp32
   const uint8_t* weight;
   const void* scale;   // int8: fp32 [N]; code4: [panels][groups][32]
-  const void* offset;  // int8: 128 times the column sums, fp32 [N]; code4: zeros like scale, or null
+  const void* offset;  // int8: 128 times the column sums, int32 [N]; code4: zeros like scale, or null
   const float* bias;    // [N] or null
   const bf16* table;    // code4: 16 values
 
@@ -85,13 +86,13 @@ inline void narrow_row(Activations& a, int64_t row, const float* x, int64_t inpu
     most = _mm512_max_ps(most, _mm512_abs_ps(v));
     taint = _mm512_fmadd_ps(v, _mm512_setzero_ps(), taint);  // 0, or NaN where anything was not finite
   }
-  const float scale = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127.0f;
+  const float scale = std::max(_mm512_reduce_max_ps(most) / 127.0f, std::numeric_limits<float>::min());
   a.scales[row] = scale + _mm512_reduce_add_ps(taint);  // so that the whole output says so
-  const __m512 inverse = _mm512_set1_ps(1.0f / scale);
+  const __m512 divisor = _mm512_set1_ps(scale);
   uint8_t* out = a.narrow.data() + row * padded(inputs);
   for (int64_t i = 0; i < padded(inputs); i += 16) {
     const __mmask16 mask = i < inputs ? first(inputs - i) : 0;
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+    const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), divisor));
     const __m512i shifted = _mm512_add_epi32(q, _mm512_set1_epi32(128));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtusepi32_epi8(shifted));
   }
@@ -226,9 +227,9 @@ inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, i
     fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
       const __mmask16 mask = first(w.outputs - column - half * 16);
       const __m512 scale = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.scale) + column + half * 16);
-      const __m512 offset = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.offset) + column + half * 16);
-      const __m512 exact = _mm512_sub_ps(_mm512_cvtepi32_ps(sums), offset);
-      const __m512 y = _mm512_mul_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[r])));
+      const __m512i offset = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(w.offset) + column + half * 16);
+      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset));
+      const __m512 y = _mm512_mul_ps(_mm512_mul_ps(exact, scale), _mm512_set1_ps(a.scales[r]));
       _mm512_storeu_ps(room.sums.data() + r * kPanel + half * 16, y);
     });
   });

@@ -152,7 +152,13 @@ def test_bytes_are_exact_and_nothing_is_held_twice(bits: int, symmetric: bool) -
     layer = _layer(_weight(128, 256, IntegerGrid(bits, 64, symmetric), torch.bfloat16))
     assert layer.storage().weight_bytes == 128 * 256 * bits // 8
     assert layer.storage().metadata_bytes == 128 * 4 * (2 if symmetric else 3)
-    if bits == 4 and kernel_block_rows():
+    if layer.packed is not None:
+        assert layer.scales.numel() == layer.codes.numel() == 0
+        table_bytes = 16 * 2
+        zero_point_bytes = 0 if symmetric else 128 * 4  # a tile product reads them in 16 bits
+        expected = layer.storage().weight_bytes + layer.storage().metadata_bytes + table_bytes + zero_point_bytes
+        assert layer.packed.nbytes == expected
+    elif bits == 4 and kernel_block_rows():
         assert layer.scales.numel() == 0
         assert layer.codes.nbytes == layer.storage().weight_bytes
 
