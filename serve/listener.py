@@ -37,8 +37,7 @@ class _Protocol(HttpToolsProtocol):
     _is_refused = False
     _deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent has it
         super().connection_made(transport)
         self._deadline = self.loop.call_later(_HEAD_S, self._on_slow_head)
 
