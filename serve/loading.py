@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 
 from serve.compression import digests
 from serve.compression.account import account
+from serve.compression.activations import BlockActivations
 from serve.compression.artifact import Artifact, Store
-from serve.compression.calibration import Calibration
+from serve.compression.calibration import Calibration, bundled
 from serve.compression.checkpoints import Checkpoint, Source, Weights
 from serve.compression.compress import Progress, Sink, compress, silent
 from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
@@ -67,6 +68,7 @@ def load(
 ) -> LoadedModel:
     """Load `source` as `recipe` says. Raise a `SetupError` of one line where it cannot be.
 
+    `calibration` is read by recipes that look at activations; None: the stories that come with the embedded model.
     `artifacts` is the folder of the artifact store; None compresses anew every time. A model that is only read, in the
     type it is stored in, is never copied to the store.
     """
@@ -92,12 +94,13 @@ class _Load:
         progress: Progress,
         peak: PeakMemory,
     ) -> None:
-        self.recipe, self.calibration, self.progress, self.peak = recipe, calibration, progress, peak
+        self.recipe, self.progress, self.peak = recipe, progress, peak
+        self.calibration = (calibration or bundled()) if recipe.needs_calibration else None
         self.seconds: dict[str, float] = {}
         with _timed(self.seconds, "open"):
             self.source = Source.find(source)
             self.plan = Plan(recipe, device)
-            self.facts = _facts(self.source, recipe, calibration)
+            self.facts = _facts(self.source, recipe, self.calibration)
             self.fingerprint = _fingerprint(self.facts)
             self.skeleton = self._build()
             self.tokenizer = _tokenizer(self.source.folder)
@@ -125,11 +128,25 @@ class _Load:
         """Read the checkpoint and apply the recipe."""
         with _timed(self.seconds, "compress"):
             weights = Weights(Checkpoint.open(self.source), self.skeleton.model)
-            compress(self.skeleton, weights, self.plan, sink=sink, progress=self.progress)
+            activations = self._activations()
+            compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
         self.report = account(
-            self.skeleton, self.plan, self.seconds, self.peak.peak_bytes, unused_keys=weights.unused_keys
+            self.skeleton,
+            self.plan,
+            self.seconds,
+            self.peak.peak_bytes,
+            calibration_tokens=activations.tokens if activations is not None else 0,
+            unused_keys=weights.unused_keys,
         )
         return self.report
+
+    def _activations(self) -> BlockActivations | None:
+        """The calibration text in front of the first block, for recipes that want it."""
+        if self.calibration is None:
+            return None
+        context_tokens = _context_length(self.source.config, self.tokenizer)
+        samples = self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
+        return BlockActivations(self.skeleton, samples, self.plan.device)
 
     def _hit(self, store: Store) -> bool:
         """Fill the model from the store; what turns out to be damaged is thrown away and the model built anew."""
@@ -214,7 +231,7 @@ def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> d
         "code_version": CODE_VERSION,
         "source": digests.of_folder(source.folder, source.weight_files),
         "recipe": recipe.to_dict(),
-        "calibration": calibration.to_dict() if calibration is not None and recipe.needs_calibration else None,
+        "calibration": calibration.to_dict() if calibration is not None else None,
     }
 
 

@@ -11,12 +11,19 @@ from serve.errors import RecipeError
 __all__ = ["pruner", "quantizer"]
 
 _QUANTIZERS = {
+    "awq": ("quantizers", "AwqMethod"),
+    "gptq": ("quantizers", "GptqMethod"),
     "int8": ("absmax", "Int8Method"),
     "int8-weight": ("absmax", "Int8WeightMethod"),
     "llm-int8": ("bitsandbytes", "LlmInt8Method"),
     "nf4": ("bitsandbytes", "Nf4Method"),
+    "rtn": ("quantizers", "RoundToNearestMethod"),
 }
-_PRUNERS: dict[str, tuple[str, str]] = {}
+_PRUNERS = {
+    "magnitude": ("pruners", "MagnitudePruner"),
+    "sparsegpt": ("pruners", "SparseGptPruner"),
+    "wanda": ("pruners", "WandaPruner"),
+}
 
 
 def quantizer(stage: Stage) -> Quantizer:

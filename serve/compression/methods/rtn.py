@@ -88,13 +88,14 @@ def round_to_nearest(
     *,
     dtype: torch.dtype = torch.float32,
     candidates: int = 1,
-    importance: Tensor | None = None,
+    gram: Tensor | None = None,
     name: str = "weight",
 ) -> GroupedWeight:
     """Round `weight [out_features, in_features]`, group by group; zeros stay zeros.
 
     `dtype` is what scales are stored in: rounding happens on the stored scale, so its own error costs nothing.
-    `candidates` above 1 keep the scale with the least squared error, columns weighted by `importance [in_features]`.
+    `candidates` above 1 keep the scale with the least squared error of the weights or, given the `gram
+    [in_features, in_features]` of the inputs, of what the group adds to the outputs.
     Raises `CompressionError` naming the layer if a weight is not finite.
     """
     check_weight(weight, name)
@@ -103,8 +104,8 @@ def round_to_nearest(
     codes: list[Tensor] = []
     for start in range(0, weight.shape[1], columns):
         part = weight[:, start : start + columns].float()
-        share = None if importance is None else importance[start : start + columns]
-        scales = _least_squares(part, candidate_scales(part, grid, dtype, candidates), share, grid.levels)
+        inputs = None if gram is None else gram[start : start + columns, start : start + columns].float()
+        scales = _least_squares(part, candidate_scales(part, grid, dtype, candidates), inputs, grid.levels)
         chosen.append(scales)
         codes.append(scales.codes(part.t(), grid.levels).t())
     return assemble(grid, torch.cat(codes, 1), chosen, dtype)
@@ -131,12 +132,12 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise CompressionError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; check the checkpoint")
 
 
-def _least_squares(part: Tensor, tried: Scales, importance: Tensor | None, levels: int) -> Scales:
+def _least_squares(part: Tensor, tried: Scales, gram: Tensor | None, levels: int) -> Scales:
     columns = part.t()
     losses = []
     for scale, zero_point in zip(tried.scale, tried.zero_point, strict=True):
-        error = (Scales(scale, zero_point).nearest(columns, levels) - columns).square_()
-        losses.append(error.sum(0) if importance is None else importance.float() @ error)
+        error = Scales(scale, zero_point).nearest(columns, levels) - columns
+        losses.append((error * (error if gram is None else gram @ error)).sum(0))
     return tried.pick(torch.stack(losses).argmin(0))
 
 

@@ -74,12 +74,13 @@ def test_searching_scales_never_costs(bits: int, symmetric: bool) -> None:
     assert searched.sum() < plain.sum()
 
 
-def test_importance_decides_where_the_error_goes() -> None:
+def test_loud_inputs_decide_where_the_error_goes() -> None:
     weight, grid = _random(32, 64), IntegerGrid(2, 64)
-    importance = torch.cat([torch.full((8,), 100.0), torch.ones(56)])
-    weighted = round_to_nearest(weight, grid, candidates=12, importance=importance).dequantize() - weight
+    gram = torch.diag(torch.cat([torch.full((8,), 100.0), torch.ones(56)]))
+    weighted = round_to_nearest(weight, grid, candidates=12, gram=gram).dequantize() - weight
     plain = round_to_nearest(weight, grid, candidates=12).dequantize() - weight
     assert weighted[:, :8].square().sum() < plain[:, :8].square().sum()
+    assert ((weighted @ gram) * weighted).sum() < ((plain @ gram) * plain).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,188 @@
+"""Calibration text on its way through a model that exists one block at a time.
+
+The hidden states of every sample wait in front of a block. To run the block, the model's own forward is called with
+all earlier blocks skipped, so that it prepares masks, positions and whatever else its architecture hands to a block;
+the waiting states are put in place of what comes out of the skipped ones, and nothing after the block is run. Knows
+nothing about what is done with the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serve.compression.compress import Activations
+from serve.compression.method import InputStatistics, Need
+from serve.compression.skeleton import Skeleton
+from serve.errors import CalibrationError
+
+__all__ = ["BlockActivations", "InputMeter"]
+
+_BATCH_TOKENS = 4096  # samples of equal length run together up to this
+_PANEL = 512  # columns of the Gram matrix computed at a time, and only on one side of its diagonal
+
+
+class _Reached(Exception):
+    """All that was wanted of the model has been run."""
+
+
+class BlockActivations(Activations):
+    """`samples` are token ids, each within the model's context. Their hidden states live on `device`."""
+
+    def __init__(self, skeleton: Skeleton, samples: Sequence[Sequence[int]], device: torch.device) -> None:
+        if not any(len(sample) for sample in samples):
+            raise CalibrationError("calibration: the text holds no token")
+        self._skeleton = skeleton
+        self._batches = _batches(samples, device)
+        self._states: list[Tensor] | None = None  # None: in front of the first block
+        self._returns_tuple = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self._batches)
+
+    def groups(self, block: str) -> list[list[str]]:
+        """The block's projections in the order they run, siblings (which read the same tensor) together.
+
+        Projections that a first batch doesn't reach (an expert, say) come last, each by itself.
+        """
+        names = [name for name in self._skeleton.projections if name.startswith(f"{block}.")]
+        found: dict[int, list[str]] = {}
+        inputs: list[Tensor] = []  # kept alive, so that no two share an id
+
+        def note(name: str, x: Tensor) -> None:
+            inputs.append(x)
+            found.setdefault(id(x), []).append(name)
+
+        with self._watched(names, note):
+            self._run(block, 0)
+        reached = {name for group in found.values() for name in group}
+        return [*found.values(), *([name] for name in names if name not in reached)]
+
+    def measure(self, block: str, names: Sequence[str], need: Need) -> Mapping[str, InputStatistics]:
+        """Run the block as it now is; statistics of the named projections' inputs, of those that were reached."""
+        meters = {name: InputMeter(self._skeleton.spec(name).in_features, need) for name in names}
+        waiting: set[str] = set()
+
+        def note(name: str, x: Tensor) -> None:
+            meters[name].update(x)
+            waiting.discard(name)
+            if not waiting:
+                raise _Reached
+
+        with self._watched(names, note):
+            for index in range(len(self._batches)):
+                waiting = set(names)
+                self._run(block, index)
+        return {name: meter.statistics() for name, meter in meters.items() if meter.tokens}
+
+    def advance(self, block: str) -> None:
+        """Run the block as it now is and keep its outputs as the next block's inputs."""
+        states = []
+        for index in range(len(self._batches)):
+            output = self._run(block, index)
+            self._returns_tuple = isinstance(output, tuple)
+            states.append(output[0] if isinstance(output, tuple) else output)
+            if self._states is not None:
+                self._states[index] = states[index]  # the old ones are not needed, and take as much memory
+        self._states = states
+
+    @torch.no_grad()
+    def _run(self, block: str, index: int) -> Any:
+        """The block's output on one batch, or None where a watcher had seen enough."""
+        output: list[Any] = []
+
+        def skip(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+            return (hidden_states,) if self._returns_tuple else hidden_states
+
+        def run(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+            states = hidden_states if self._states is None else self._states[index]
+            output.append(real(states, *args, **kwargs))
+            raise _Reached
+
+        blocks = self._skeleton.blocks
+        real: Any = blocks[block].forward
+        earlier = list(blocks)[: list(blocks).index(block)]
+        with _forwards({blocks[name]: skip for name in earlier} | {blocks[block]: run}):
+            try:
+                self._skeleton.model(input_ids=self._batches[index], use_cache=False)
+            except _Reached:
+                return output[0] if output else None
+        raise AssertionError(f"{block} was never called")
+
+    @contextmanager
+    def _watched(self, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """`note` is called with the name and the input of each named projection when it runs."""
+        handles = []
+        for name in names:
+            module = self._skeleton.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class InputMeter:
+    """Adds up what one projection reads: `[..., in_features]`, tensor by tensor."""
+
+    def __init__(self, in_features: int, need: Need) -> None:
+        self.tokens = 0
+        self._sums = torch.zeros(3, in_features)  # of |x|, of x^2, and the largest |x|
+        self._gram = torch.zeros(in_features, in_features) if need >= Need.GRAM else None
+
+    def update(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        if self.tokens == 0:
+            self._sums = self._sums.to(x.device)
+            self._gram = None if self._gram is None else self._gram.to(x.device)
+        self.tokens += x.shape[0]
+        if x.shape[0] == 0:
+            return
+        size = x.abs()
+        self._sums[0] += size.sum(0)
+        self._sums[1] += (x * x).sum(0)
+        self._sums[2] = torch.maximum(self._sums[2], size.amax(0))
+        if self._gram is not None:
+            for start in range(0, x.shape[1], _PANEL):
+                panel = x[:, start : start + _PANEL]
+                self._gram[start : start + _PANEL, start:].addmm_(panel.t(), x[:, start:])
+
+    def statistics(self) -> InputStatistics:
+        """Means over all tokens. The meter must not be used afterwards."""
+        gram = None
+        if self._gram is not None:
+            gram = self._gram.triu_().div_(self.tokens)
+            gram += gram.triu(1).t()
+        mean_abs, mean_square = self._sums[0] / self.tokens, self._sums[1] / self.tokens
+        return InputStatistics(self.tokens, mean_abs, self._sums[2], mean_square, gram)
+
+
+def _batches(samples: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Samples of equal length together, in the order of first appearance: int64 `[batch, tokens]` each."""
+    alike: dict[int, list[Sequence[int]]] = {}
+    for sample in samples:
+        if len(sample):
+            alike.setdefault(len(sample), []).append(sample)
+    batches = []
+    for length, group in alike.items():
+        together = max(1, _BATCH_TOKENS // length)
+        batches += [torch.tensor(group[i : i + together], device=device) for i in range(0, len(group), together)]
+    return batches
+
+
+@contextmanager
+def _forwards(replaced: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """These modules compute something else for a while."""
+    for module, forward in replaced.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.__dict__["forward"]

@@ -1,0 +1,84 @@
+"""Which text is calibrated on: exactly what was asked for, the same every time, or an error that says where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.compression.calibration import Calibration, bundled
+from serve.errors import CalibrationError
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    file = tmp_path / "stories.jsonl"
+    file.write_text("".join(json.dumps({"text": f"story {n}", "id": n}) + "\n" for n in range(10)))
+    return file
+
+
+def test_the_first_records_are_taken(stories: Path) -> None:
+    assert Calibration(stories, num_samples=3).texts() == ["story 0", "story 1", "story 2"]
+    assert len(Calibration(stories).texts()) == 10
+
+
+def test_a_seed_draws_the_same_records_every_time(stories: Path) -> None:
+    drawn = Calibration(stories, num_samples=4, seed=7).texts()
+    assert drawn == Calibration(stories, num_samples=4, seed=7).texts()
+    assert drawn != Calibration(stories, num_samples=4, seed=8).texts()
+    assert len(set(drawn)) == 4
+
+
+def test_plain_text_is_cut_into_paragraphs(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One.\nStill one.\n\n \nTwo.\n\n\n")
+    assert Calibration(file).texts() == ["One.\nStill one.", "Two."]
+
+
+def test_samples_are_cut_at_the_limit_and_at_the_context(stories: Path) -> None:
+    def tokenize(text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    assert [len(ids) for ids in Calibration(stories, num_samples=2, max_tokens=4).samples(tokenize, 100)] == [4, 4]
+    assert [len(ids) for ids in Calibration(stories, num_samples=2).samples(tokenize, 5)] == [5, 5]
+
+
+def test_the_fingerprint_follows_the_contents_not_the_name(stories: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(stories.read_bytes())
+    assert Calibration(stories).to_dict() == Calibration(copy).to_dict()
+    copy.write_text('{"text": "other"}\n')
+    assert Calibration(stories).to_dict() != Calibration(copy).to_dict()
+    assert Calibration(stories).to_dict() != Calibration(stories, num_samples=5).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ('{"text": "a"}\n{"body": "b"}\n', "line 2: expected"),
+        ('{"text": 5}\n', "line 1: expected"),
+        ("\n\n", "no text"),
+        ('{"text": "  "}\n', "no text"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_the_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "broken.jsonl"
+    file.write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        Calibration(file).texts()
+
+
+def test_missing_binary_and_senseless_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no such"):
+        Calibration(tmp_path / "absent.txt").texts()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match="UTF-8"):
+        Calibration(tmp_path / "binary.txt").texts()
+    with pytest.raises(CalibrationError, match="num_samples"):
+        Calibration(tmp_path / "binary.txt", num_samples=0)
+
+
+def test_the_bundled_stories_are_enough_for_the_default() -> None:
+    assert len(bundled().texts()) == 128
