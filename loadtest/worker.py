@@ -30,11 +30,11 @@ async def _serve(results: int) -> None:
     output, written = await _output(results)
     assignment: Assignment = await unpack(orders)
     try:
-        generator = Generator(assignment, emit=lambda capture: output.write(pack(capture)))
+        generator = Generator(assignment, emit=lambda capture: _tell(output, capture))
     except LoadTestError as error:
-        output.write(pack(Failed(str(error))))
+        _tell(output, Failed(str(error)))
     else:
-        output.write(pack(Ready()))
+        _tell(output, Ready())
         start = await unpack(orders)
         if isinstance(start, Start):
             gc.collect()
@@ -52,8 +52,8 @@ async def _run(
     await generator.run(start.origin_s)
     watch.cancel()
     pulse.cancel()
-    output.write(pack(generator.health()))
-    output.write(pack(Finished(generator.emitted)))
+    _tell(output, generator.health())
+    _tell(output, Finished(generator.emitted))
 
 
 async def _stop_when_told(generator: Generator, orders: asyncio.StreamReader) -> None:
@@ -65,7 +65,12 @@ async def _stop_when_told(generator: Generator, orders: asyncio.StreamReader) ->
 async def _report_health(generator: Generator, output: asyncio.WriteTransport) -> None:
     while True:
         await asyncio.sleep(HEALTH_EVERY_S)
-        output.write(pack(generator.health()))
+        _tell(output, generator.health())
+
+
+def _tell(output: asyncio.WriteTransport, message: object) -> None:
+    if not output.is_closing():  # it is when the parent is gone, and then nobody asks
+        output.write(pack(message))
 
 
 async def _orders() -> asyncio.StreamReader:
