@@ -164,6 +164,9 @@ class _IngressDeployment:
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
+    async def settled(self) -> bool:
+        return self._router.settled
+
     async def drain(self, timeout_s: float) -> None:
         """Take no new connections and wait for the open answers, at most so long."""
         if self._listener:

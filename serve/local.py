@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,8 @@ class LocalServer:
                 rayserve.run(application, name=APP_NAME)
             except RuntimeError as error:
                 raise SetupError(f"Ray Serve could not deploy the application: {error}") from error
+            while not self._ask("ingress", "settled"):
+                time.sleep(_POLL_S)
 
     def variants(self) -> list[Mapping[str, Any]]:
         """One mapping per variant, as `/admin/variants` has them."""

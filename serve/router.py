@@ -39,6 +39,7 @@ __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
 
 _LOG = logging.getLogger(__name__)
 _BEAT_S = 1.0
+_LOADING_BEAT_S = 0.2
 _LATE_S = 5.0
 """How long the last events of a request may lag behind the end of its stream, carried by another."""
 _LOADING_RETRY_S = 5.0
@@ -102,6 +103,11 @@ class Router:
         self._journal.acknowledge(report.batch)
 
     @property
+    def settled(self) -> bool:
+        """It has heard of every variant that it loaded or failed."""
+        return self._view is not None and self._view.settled
+
+    @property
     def open_requests(self) -> int:
         return self._inbox.open_requests
 
@@ -112,13 +118,13 @@ class Router:
         stable = next((state for state in states if self._view and state.name == self._view.split.stable), None)
         whole = ModelCard(
             id=self._model_name,
-            state="ready" if self._serving else "failed" if self._view and self._view.settled else "loading",
+            state="ready" if self._serving else "failed" if self.settled else "loading",
             context_length=stable.context_length if stable else None,
         )
         return [whole, *(self._card(state) for state in states)]
 
     def ready(self) -> bool:
-        return self._view is not None and self._view.settled and self._serving is not None
+        return self.settled and self._serving is not None
 
     async def start(self, call: Call) -> RoutedAnswer:
         try:
@@ -282,7 +288,7 @@ class Router:
                 await self.beat()
             except HalftoneError as error:
                 _LOG.warning("the controller does not answer; the last split stays in force: %s", error.message)
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_BEAT_S if self.settled else _LOADING_BEAT_S)
 
     def _see(self, view: View) -> None:
         """A split is only ever replaced by a newer one: answers may overtake one another."""

@@ -388,7 +388,7 @@ async def test_the_router_is_the_rims_backend(two: Stage) -> None:
 
 
 async def test_the_router_reports_by_itself_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "_BEAT_S", 0.01)
+    monkeypatch.setattr(router_module, "_LOADING_BEAT_S", 0.01)
     stage = Stage({"bf16": "ready"}, {"bf16": 100})
     stage.control.gone = True
     stage.router.open()
