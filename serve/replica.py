@@ -219,7 +219,7 @@ class Replica:
             beat,
             context_length=self._serving.context_length,
             fingerprint=self._serving.loaded.fingerprint,
-            report=self._serving.loaded.report.to_dict() if self._report_due else None,
+            report=self._serving.report() if self._report_due else None,
             memory=memory,
             snapshot=self._recorder.snapshot(),
         )
@@ -279,6 +279,10 @@ class _Serving:
 
     def detokenize(self, ids: tuple[int, ...]) -> str:
         return str(self.loaded.tokenizer.decode(list(ids)))
+
+    def report(self) -> Mapping[str, Any]:
+        """The load report, with the path that makes the engine's steps."""
+        return {**self.loaded.report.to_dict(), "path": self.engine.path}
 
     def memory(self) -> dict[str, int]:
         """Resident bytes by component; `process` is all of it, what torch and Python take included."""

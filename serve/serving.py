@@ -176,6 +176,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
         "weight_bytes": report.get("total_bytes"),
         "compression_ratio": report.get("compression_ratio"),
         "load_s": report.get("load_s"),
+        "path": report.get("path"),
         "weight": row["weight"],
     }
 
@@ -184,6 +185,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("variant", "precision", box=None, header_style="bold", pad_edge=False)
     for title in ("bits/weight", "weight bytes", "ratio to 16 bit", "load s", "traffic"):
         table.add_column(title, justify="right")
+    table.add_column("path")
     for row in map(_row, rows):
         if row["state"] == "ready":
             table.add_row(
@@ -194,7 +196,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 f"{row['compression_ratio']:.2f}",
                 f"{row['load_s']:.2f}",
                 f"{row['weight']:g} %",
+                row["path"].partition(" path")[0],
             )
         else:
-            table.add_row(row["variant"], row["precision"], "-", "-", "-", "-", row["state"])
+            table.add_row(row["variant"], row["precision"], "-", "-", "-", "-", row["state"], "-")
     return table
