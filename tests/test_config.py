@@ -53,7 +53,8 @@ def test_auto_is_decided_on_a_copy_and_leaves_every_variant_room() -> None:
     config = parse_config(document())
     resolved = config.resolved(cpus=2, gpus=0)
     assert config.variants[0].engine.threads is None
-    assert [variant.engine.threads for variant in resolved.variants] == [2, 2]
+    assert [variant.engine.threads for variant in resolved.variants] == [1, 1]
+    assert [variant.engine.threads for variant in config.resolved(cpus=9, gpus=0).variants] == [4, 4]
     assert sum(variant.resources.num_cpus or 0 for variant in resolved.variants) <= 2 - 0.1
     assert {variant.device for variant in resolved.variants} == {"cpu"}
 
