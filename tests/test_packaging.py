@@ -51,3 +51,16 @@ def test_the_image_does_not_run_as_root_and_checks_its_health() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert re.search(r"^USER halftone$", dockerfile, re.MULTILINE)
     assert "HEALTHCHECK" in dockerfile
+
+
+def test_both_readmes_show_the_same_commands_configuration_and_figures() -> None:
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README_CN.md"))
+
+    def shape(text: str) -> list[str]:
+        code = re.findall(r"^    \S[^\n]*$|^```.*?^```$", text, re.MULTILINE | re.DOTALL)
+        without_comments = [re.sub(r"\s+#.*$", "", block, flags=re.MULTILINE) for block in code]
+        figures = re.findall(r"^\|.*\d+\.\d+.*\|$", text, re.MULTILINE)
+        return [*without_comments, *figures]
+
+    assert shape(english) == shape(chinese)
+    assert english.count("\n## ") == chinese.count("\n## ")
