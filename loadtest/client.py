@@ -234,6 +234,9 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         assert self._exchange is not None
         assert self._finished is not None
+        if self._exchange.status is not None and self._exchange.status < 200:  # the real answer is yet to come
+            self._exchange.status = None
+            return
         self._exchange.ended_s = self._now_s
         self._reusable = self._parser.should_keep_alive()
         if not self._finished.done():
@@ -246,5 +249,9 @@ class _Connection(asyncio.Protocol):
 
 
 def _how_cut(exchange: Exchange | None, error: Exception | None) -> str:
-    when = "before any answer" if exchange is None or exchange.status is None else "in the middle of the answer"
-    return f"the server closed the connection {when}" + (f" ({error})" if error else "")
+    reason = f" ({error})" if error else ""
+    if exchange is not None and exchange.status is not None:
+        return f"the server closed the connection in the middle of the answer{reason}"
+    reused = exchange is not None and exchange.connected_s is None
+    hint = "; it was a reused one, --no-keepalive rules out that it was closing already" if reused else ""
+    return f"the server closed the connection before any answer{reason}{hint}"

@@ -8,6 +8,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from loadtest.results import Json
 from loadtest.statistics import Floats
@@ -31,7 +32,8 @@ class Plot:
 def draw(results: Sequence[Json], labels: Sequence[str]) -> list[Plot]:
     """Latency curves of all results together, throughput against latency, and a timeline of each."""
     plots = [Plot("latency", "Latency by percentile", _latencies(results, labels))]
-    plots.append(Plot("throughput", "Throughput against latency", _throughput(results, labels)))
+    if sum(len(result.get("stages", [result])) for result in results) > 1:
+        plots.append(Plot("throughput", "Throughput against latency", _throughput(results, labels)))
     for number, (result, label) in enumerate(zip(results, labels, strict=True)):
         summaries = [result] if result.get("headline_stage") is None else result["stages"]
         for stage, summary in enumerate(summaries):
@@ -85,9 +87,13 @@ def _percentile_axis(axes: Axes) -> None:
 
 
 def _milliseconds_axis(axes: Axes, label: str) -> None:
-    axes.set(ylabel=label, yscale="log")
-    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_formatter("{x:g}")
+    """Logarithmic where the values span more than a decade."""
+    axes.set(ylabel=label)
+    if axes.dataLim.ymax > 10 * axes.dataLim.minposy:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _throughput(results: Sequence[Json], labels: Sequence[str]) -> Figure:

@@ -248,7 +248,7 @@ def _read_choices(reply: dict[str, Any], part: str, answer: _Answer) -> str:
 def _json(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.MalformedResponseError(f"not JSON: {data[:80]!r}") from error
     if not isinstance(value, dict):
         raise errors.MalformedResponseError(f"not a JSON object: {data[:80]!r}")

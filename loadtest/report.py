@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from loadtest.plots import draw
 from loadtest.results import Json
-from loadtest.tables import COLUMNS, METRICS, milliseconds, percent
+from loadtest.tables import COLUMNS, METRICS, agreement, milliseconds, percent
 
 TEMPLATE = "report.html.jinja"
 
@@ -43,6 +43,7 @@ def _page(results: Sequence[Json], labels: Sequence[str], pictures: Sequence[dic
         ms=milliseconds,
         percent=percent,
         offered=_offered,
+        agreement=agreement,
     )
 
 

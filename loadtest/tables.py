@@ -130,7 +130,7 @@ def _stages(result: Json) -> Table:
 
 def _verdicts(result: Json) -> Iterable[str]:
     yield from (f"note: {note}" for note in result["notes"])
-    yield from (_agreement(name, seen) for name, seen in (result["server_metrics"] or {}).items())
+    yield from (agreement(name, seen) for name, seen in (result["server_metrics"] or {}).items())
     if result["slo"] is not None:
         slo = result["slo"]
         limits = ", ".join(f"{name} ≤ {limit:g}" for name, limit in slo["limits"].items())
@@ -141,7 +141,7 @@ def _verdicts(result: Json) -> Iterable[str]:
         yield f"the run was {result['status']}: this is what was measured until then"
 
 
-def _agreement(name: str, seen: Json) -> str:
+def agreement(name: str, seen: Json) -> str:
     """One line of what the server says about itself."""
     found = []
     for percentile in ("p50", "p90", "p99"):

@@ -15,7 +15,7 @@ import ssl
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -41,6 +41,9 @@ class Behaviour:
     retry_after: str | None = None
     cut_after: int | None = None  # chunks
     malformed: str | None = None  # json | sse | http | unfinished | error
+    early_hints: bool = False
+    each: list[dict[str, Any]] = field(default_factory=list)  # in turn, one for each request
+    until_close: bool = False  # no length and no chunks: the answer ends with its connection
 
 
 @dataclass
@@ -104,6 +107,8 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     body = json.loads(content)
     behaviour = Behaviour(**{**DEFAULTS, **body.pop("fake", {})})
     run = RUNS[behaviour.run]
+    if behaviour.each:
+        behaviour = replace(behaviour, **behaviour.each[len(run.truths) % len(behaviour.each)])
     truth = Truth(headers.get("x-request-id", ""), time.monotonic(), body)
     run.truths.append(truth)
     if behaviour.slots and run.slots is None:
@@ -126,12 +131,17 @@ async def answer(writer: asyncio.StreamWriter, behaviour: Behaviour, run: Run, t
     if behaviour.malformed == "http":
         writer.write(b"this is no HTTP\r\n\r\n")
         return False
+    if behaviour.early_hints:
+        writer.write(start(103, {"link": "</style.css>"}))
     variants = behaviour.variants or [""]
     variant = variants[number % len(variants)]
     named = {"x-halftone-variant": variant, "x-halftone-precision": variant, "x-halftone-route": "weighted"}
     if truth.body.get("stream"):
         return await stream(writer, behaviour, run, truth, rng, named if variant else {})
     await wait(draw(behaviour.ttft, rng) + behaviour.tokens * draw(behaviour.gap, rng), behaviour, run)
+    if behaviour.until_close:
+        writer.write(start(200, {"connection": "close"}) + json.dumps(whole(behaviour, truth)).encode())
+        return False
     plain(writer, 200, json.dumps(whole(behaviour, truth)), named if variant else {})
     truth.ended_s = time.monotonic()
     return True
@@ -155,7 +165,7 @@ async def stream(
             return False
         if behaviour.malformed and number:
             malform(writer, behaviour.malformed)
-            return behaviour.malformed != "unfinished"
+            return True
         words = "".join(f" w{number + offset}" for offset in range(behaviour.tokens_per_chunk))
         truth.written_s.append(time.monotonic())
         send(writer, {"choices": [{"index": 0, "delta": {"content": words}}]})

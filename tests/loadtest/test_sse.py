@@ -70,6 +70,12 @@ def test_no_bytes_at_all_make_it_raise(body):
         assert read(capture_of(exchange, streamed), 0.0).error in ("cut", "malformed", "server_error")
 
 
+def test_json_nested_without_end_is_malformed():
+    exchange = Exchange(started_s=0.0, sent_s=0.0, ended_s=1.0, status=200)
+    exchange.body = bytearray(b"[" * 200_000)
+    assert read(capture_of(exchange, streamed=False), 0.0).error == "malformed"
+
+
 @pytest.mark.parametrize(
     ("chunk", "text"),
     [
