@@ -29,7 +29,7 @@ from torch import Tensor
 
 from serve.errors import ArtifactError
 
-__all__ = ["Artifact", "Draft", "Store", "default_root"]
+__all__ = ["MANIFEST", "Artifact", "Draft", "Store", "default_root"]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

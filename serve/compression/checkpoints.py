@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from serve.compression.artifact import MANIFEST, Artifact
 from serve.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Source", "Weights", "find_source"]
@@ -76,19 +77,37 @@ def _from_hub(source: str) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder that holds a model, with its configuration read and its weight files found but not opened."""
+    """A folder that holds a model, with its configuration read and its weight files found but not opened.
+
+    `artifact` is set where Halftone compressed it, `quantization` (the configuration's settings) where others did.
+    `stored_dtype` is the configuration's, which building a model changes.
+    """
 
     folder: Path
     config: PretrainedConfig
-    stored_dtype: torch.dtype | None  # as the configuration says; building a model changes the configuration's
+    stored_dtype: torch.dtype | None
     weight_files: tuple[Path, ...]
+    artifact: Artifact | None = None
+    quantization: dict[str, Any] | None = None
 
     @classmethod
     def find(cls, source: str) -> Source:
         """Raise `CheckpointError` where there is no such model, or no configuration or weights of a known form."""
         folder = find_source(source)
         config = _read_config(folder)
-        return cls(folder, config, config.dtype, tuple(_weight_files(folder)))
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
+        artifact = Artifact.open(folder) if (folder / MANIFEST).is_file() else None
+        files = () if artifact is not None else tuple(_weight_files(folder))
+        return cls(folder, config, dtype, files, artifact, _take_quantization(config))
+
+
+def _take_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The settings of whoever compressed the checkpoint, taken out of `config`: the model is built without them."""
+    settings = config.__dict__.pop("quantization_config", None)
+    if settings is None or isinstance(settings, dict):
+        return settings
+    found: dict[str, Any] = settings.to_dict()
+    return found
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Skeleton:
 
     def spec(self, name: str) -> LinearSpec:
         """The projection's shape; `Conv1D` (GPT-2) keeps its weight transposed."""
-        module = self.model.get_submodule(name)
+        module = self.projections[name] if name in self.projections else self.model.get_submodule(name)
         weight = cast(Tensor, module.weight)
         rows, columns = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
         return LinearSpec(name, columns, rows, module.bias is not None, self.dtype)

@@ -1,0 +1,259 @@
+"""One load under way: what is known before any weight is read, then the filled model and its report.
+
+Three ways lead to a filled model. The checkpoint is read and the recipe applied; or an artifact that someone made so
+before is mapped; or the source is itself compressed already, by us or by another program, and is read as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from serve.compression import digests
+from serve.compression.account import account
+from serve.compression.activations import BlockActivations
+from serve.compression.artifact import Artifact, Store
+from serve.compression.calibration import Calibration, bundled
+from serve.compression.checkpoints import Checkpoint, Source, Weights
+from serve.compression.compress import Progress, Sink, compress, silent
+from serve.compression.foreign import ForeignParts, stored_recipe
+from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
+from serve.compression.plan import Plan
+from serve.compression.recipe import Recipe
+from serve.compression.report import LoadReport
+from serve.compression.restore import restore
+from serve.compression.skeleton import DTYPES, build
+from serve.errors import ArtifactError, CheckpointError, RecipeError, UnsupportedHardware
+
+__all__ = ["Loader", "context_length"]
+
+CODE_VERSION = 2
+"""Part of every fingerprint: raised when the same recipe would give other numbers than before."""
+
+_log = logging.getLogger(__name__)
+
+
+class Loader:
+    """A source and a recipe, opened. Fill its `skeleton` by one of `through`, `compress`, `import_foreign` or `map`."""
+
+    def __init__(
+        self,
+        source: str,
+        recipe: Recipe,
+        device: torch.device,
+        calibration: Calibration | None,
+        progress: Progress,
+        peak: PeakMemory,
+    ) -> None:
+        self.progress, self.peak = progress, peak
+        self.seconds: dict[str, float] = {}
+        with self.timed("open"):
+            self.source = Source.find(source)
+            self.foreign: ForeignParts | None = None
+            self.recipe = self._as_stored(recipe)
+            self.calibration = (calibration or bundled()) if self.recipe.needs_calibration and not self.stored else None
+            self.plan = Plan(self.recipe, device)
+            self.facts = _facts(self.source, self.recipe, self.calibration)
+            made_by_us = self.source.artifact
+            self.fingerprint = made_by_us.fingerprint if made_by_us else _fingerprint(self.facts)
+            self.tokenizer = _tokenizer(self.source)
+        self.report: LoadReport | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls,
+        source: str,
+        recipe: Recipe,
+        *,
+        device: str = "auto",
+        calibration: Calibration | None = None,
+        progress: Progress = silent,
+    ) -> Iterator[Loader]:
+        """A loader whose memory is watched, and returned to the system, until the block ends."""
+        with prompt_release(), watch_peak() as peak:
+            yield cls(source, recipe, find_device(device), calibration, progress, peak)
+            release()
+
+    @property
+    def stored(self) -> bool:
+        """Whether the source is compressed already."""
+        return self.foreign is not None or self.source.artifact is not None
+
+    @property
+    def worth_storing(self) -> bool:
+        """Whether an artifact would save anything; a model that is only read, in the type it has, stays where it is."""
+        converts = self.source.stored_dtype != DTYPES[self.recipe.dtype]
+        return not self.stored and (converts or bool(self.recipe.work) or self.recipe.lm_head != "keep")
+
+    def fill(self, store: Store | None) -> None:
+        """Fill the model by whichever way is right for it."""
+        if self.source.artifact is not None:
+            self.map(self.source.artifact)
+        elif self.foreign is not None:
+            self.import_foreign(self.foreign)
+        elif store is None or not self.worth_storing:
+            self.compress(None)
+        else:
+            self.through(store)
+
+    def through(self, store: Store) -> None:
+        """A hit where the artifact is there and sound; else it is made, by one process at a time."""
+        if store.holds(self.fingerprint) and self._hit(store):
+            return
+        self.progress("wait", 0, 1)
+        with store.locked(self.fingerprint):
+            if store.holds(self.fingerprint) and self._hit(store):
+                return
+            draft = store.draft(self.fingerprint)
+            report = self.compress(draft)
+            with self.timed("save"):
+                store.finish(draft, self.manifest(report))
+
+    def compress(self, sink: Sink | None) -> LoadReport:
+        """Read the checkpoint and apply the recipe."""
+        with self.timed("compress"):
+            weights = Weights(Checkpoint.open(self.source), self.skeleton.model)
+            activations = self._activations()
+            compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
+        tokens = activations.tokens if activations is not None else 0
+        return self._account(calibration_tokens=tokens, unused_keys=weights.unused_keys)
+
+    def import_foreign(self, foreign: ForeignParts) -> LoadReport:
+        """Read what another program compressed."""
+        with self.timed("import"):
+            restore(self.skeleton, self.plan, foreign.reader(self.plan).read)
+        return self._account(unused_keys=foreign.weights.unused_keys)
+
+    def map(self, artifact: Artifact) -> LoadReport:
+        """Take what we compressed before; raise `ArtifactError` where it is not what it says."""
+        reader = _AddressNoting(artifact)
+        with self.timed("map"):
+            restore(self.skeleton, self.plan, reader.read)
+        saved = LoadReport.from_dict(artifact.manifest["report"])
+        return self._account(
+            mapped=frozenset(reader.addresses),
+            artifact_hit=True,
+            calibration_tokens=saved.calibration_tokens,
+            unused_keys=saved.unused_keys,
+        )
+
+    def manifest(self, report: LoadReport) -> dict[str, Any]:
+        return {**self.facts, "recipe_name": self.recipe.name, "report": report.to_dict()}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - start
+
+    def _as_stored(self, asked: Recipe) -> Recipe:
+        """The recipe in force: that of the source, where it is compressed already. Builds the empty model for it."""
+        artifact = self.source.artifact
+        if artifact is not None:
+            recipe = Recipe.from_dict(artifact.manifest["recipe"])
+            if asked.work and asked.name != recipe.name:
+                raise RecipeError(
+                    f"recipe {asked.name}: {self.source.folder} already holds {recipe.name}; ask for that"
+                )
+        elif self.source.quantization is not None:
+            checkpoint = Checkpoint.open(self.source)
+            recipe = stored_recipe(self.source.quantization, checkpoint, asked)
+            self.skeleton = build(self.source.config, DTYPES[recipe.dtype])
+            self.foreign = ForeignParts(self.skeleton, checkpoint, self.source.quantization)
+            return replace(recipe, skip=self.foreign.dense)
+        else:
+            recipe = asked
+        self.skeleton = build(self.source.config, DTYPES[recipe.dtype])
+        return recipe
+
+    def _activations(self) -> BlockActivations | None:
+        """The calibration text in front of the first block, for recipes that want it."""
+        if self.calibration is None:
+            return None
+        context_tokens = context_length(self.source.config, self.tokenizer)
+        samples = self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
+        return BlockActivations(self.skeleton, samples, self.plan.device)
+
+    def _hit(self, store: Store) -> bool:
+        """Map from the store; what turns out to be damaged is thrown away and the model built anew."""
+        try:
+            self.map(store.open(self.fingerprint))
+        except ArtifactError as error:
+            _log.warning("%s; making it anew", error)
+            store.discard(self.fingerprint)
+            self.skeleton = build(self.source.config, DTYPES[self.recipe.dtype])
+            return False
+        return True
+
+    def _account(self, **facts: Any) -> LoadReport:
+        self.report = account(self.skeleton, self.plan, self.seconds, self.peak.peak_bytes, **facts)
+        return self.report
+
+
+@dataclass
+class _AddressNoting:
+    """Reads an artifact and remembers where its tensors lie, to tell mapped memory from the process's own."""
+
+    artifact: Artifact
+    addresses: set[int] = field(default_factory=set)
+
+    def read(self, part: str) -> Mapping[str, Tensor]:
+        tensors = self.artifact.read(part)
+        self.addresses |= {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()}
+        return tensors
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UnsupportedHardware(f"device {name}: no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a sequence may have."""
+    text = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(text, name, None), int):
+            return length
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1 << 24 else 2048
+
+
+def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """Everything that decides the weights."""
+    return {
+        "code_version": CODE_VERSION,
+        "source": digests.of_folder(source.folder, source.weight_files),
+        "recipe": recipe.to_dict(),
+        "calibration": calibration.to_dict() if calibration is not None else None,
+    }
+
+
+def _fingerprint(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    folder = source.folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer

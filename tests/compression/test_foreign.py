@@ -1,0 +1,219 @@
+"""Checkpoints that others compressed are read as they are, and what we write is read back to the same logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from serve.compression.calibration import Calibration
+from serve.compression.export import _gptq_tensors, _pack
+from serve.compression.foreign import _unpack
+from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
+from serve.compression.methods.rtn import round_to_nearest
+from serve.compression.recipe import Recipe
+from serve.errors import ArtifactError, CheckpointError, RecipeError
+from serve.loading import LoadedModel, load
+from serve.quality import compare, model_logits, read_texts, tokenize
+from serve.saving import compress_to
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(shared: Path) -> Path:
+    return shared / "models" / "TinyStories-656K"
+
+
+@pytest.fixture
+def theirs(shared: Path) -> Path:
+    return shared / "models" / "TinyStories-656K-gptq-g64"
+
+
+@pytest.fixture
+def calibration(shared: Path) -> Calibration:
+    return Calibration(shared / "data" / "tinystories" / "calib.jsonl", num_samples=4, max_tokens=64)
+
+
+def logits(loaded: LoadedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = loaded.model(torch.arange(3, 60)[None]).logits
+        return found
+
+
+def assert_near(found: LoadedModel, expected: LoadedModel) -> None:
+    """The same numbers but for the roundings of 16-bit scales and activations."""
+    a, b = logits(found).float(), logits(expected).float()
+    assert (a - b).abs().mean() < 0.012 * b.std()
+
+
+@pytest.mark.slow
+def test_the_gptqmodel_checkpoint_has_its_published_divergence(shared: Path, tiny: Path, theirs: Path) -> None:
+    reference, variant = load(str(tiny), Recipe.parse("fp32")), load(str(theirs), Recipe.parse("bf16"))
+    texts = read_texts(shared / "data" / "tinystories" / "eval.jsonl", 120)
+    records = tokenize(reference.tokenizer, texts, reference.context_length)
+    found = compare(model_logits(reference.model), model_logits(variant.model), records)
+    assert found.kl_divergence.mean == pytest.approx(0.0498, rel=0.02)
+    assert (variant.recipe.name, variant.recipe.precision) == ("gptq4-g64", "gptq4")
+    assert 4.2 < variant.report.bits_per_weight < 4.3
+
+
+def test_a_compressed_checkpoint_is_served_as_it_is_or_not_at_all(theirs: Path) -> None:
+    assert torch.equal(
+        logits(load(str(theirs), Recipe.parse("gptq4-g64"))), logits(load(str(theirs), Recipe.parse("bf16")))
+    )
+    for recipe in ("int8", "gptq4", "wanda50", "bf16+head8"):
+        with pytest.raises(RecipeError, match="already"):
+            load(str(theirs), Recipe.parse(recipe))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_hold_codes_without_a_spare_bit(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 64), dtype=torch.uint8)
+    words = _pack(codes, bits)
+    assert words.shape == (5, 64 * bits // 32)
+    assert torch.equal(_unpack(words, bits), codes)
+
+
+RECIPES = ["rtn4-g32", "rtn4-g64-asym", "rtn3-g32", "rtn8-g64-asym", "gptq4-g32-act", "gptq4-g32-asym-act"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_exported_checkpoint_gives_the_same_logits(
+    tiny: Path, tmp_path: Path, calibration: Calibration, recipe: str
+) -> None:
+    out = tmp_path / "out"
+    report = compress_to(str(tiny), Recipe.parse(recipe), out, format="gptq", calibration=calibration)
+    ours = load(str(tiny), Recipe.parse(recipe), calibration=calibration)
+    found = load(str(out), Recipe.parse("bf16"))
+    assert_near(found, ours)
+    assert found.recipe.quantizer is not None
+    assert report.recipe == recipe
+    assert found.tokenizer("One day").input_ids == ours.tokenizer("One day").input_ids
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+def test_activation_order_puts_columns_back_in_their_places() -> None:
+    grid = IntegerGrid(4, 8, symmetric=True)
+    weight = round_to_nearest(torch.randn(6, 32), grid)
+    order = torch.randperm(32)
+    shuffled = GroupedWeight(grid, weight.codes, weight.scales, None, order)
+    tensors = _gptq_tensors(shuffled)
+    codes = _unpack(tensors["qweight"].t().contiguous(), 4).float() - 8
+    decoded = codes * weight.scales.t()[:, tensors["g_idx"].long()]
+    torch.testing.assert_close(decoded, shuffled.dequantize())
+
+
+def test_recipes_that_the_format_cannot_hold_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="gptq format"):
+        compress_to(str(tiny), Recipe.parse("nf4"), tmp_path / "out", format="gptq")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "nf4", "rtn4-g32-asym+head8"])
+def test_a_folder_of_ours_is_a_source_like_any_other(tiny: Path, tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    report = compress_to(str(tiny), Recipe.parse(recipe), out)
+    found = load(str(out), Recipe.parse("bf16"))
+    ours = load(str(tiny), Recipe.parse(recipe))
+    assert torch.equal(logits(found), logits(ours))
+    assert (found.recipe, found.fingerprint) == (ours.recipe, ours.fingerprint)
+    assert found.report.total_bytes == report.total_bytes
+    assert torch.equal(logits(load(str(out), Recipe.parse(recipe))), logits(ours))
+    with pytest.raises(RecipeError, match="already holds"):
+        load(str(out), Recipe.parse("gptq4"))
+    with pytest.raises(ArtifactError, match="exists already"):
+        compress_to(str(tiny), Recipe.parse(recipe), out)
+
+
+def rewrite(tiny: Path, folder: Path, settings: dict[str, Any], replace: Any) -> None:
+    """A copy of the small model whose projections `replace(name, weight)` has turned into other tensors."""
+    shutil.copytree(tiny, folder)
+    for path in [folder, *folder.iterdir()]:
+        path.chmod(0o755)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{key}": value for key, value in replace(tensors.pop(name)).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+
+
+def awq_words(codes: Tensor) -> Tensor:
+    """AutoAWQ's packing: nibble i of a word holds neighbour (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+    eights = codes.view(codes.shape[0], -1, 8).long()
+    words = sum(eights[:, :, e] << (4 * i) for i, e in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+    assert isinstance(words, Tensor)
+    return words.to(torch.int32)
+
+
+def test_awq_checkpoints_are_read(tiny: Path, tmp_path: Path) -> None:
+    grid = IntegerGrid(4, 64, symmetric=False)
+
+    def replace(weight: Tensor) -> dict[str, Tensor]:
+        rounded = round_to_nearest(weight, grid, dtype=torch.bfloat16)
+        assert rounded.zero_points is not None
+        return {
+            "qweight": awq_words(rounded.codes.t().contiguous()),
+            "qzeros": awq_words(rounded.zero_points),
+            "scales": rounded.scales.to(torch.float16),
+        }
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+    rewrite(tiny, tmp_path / "awq", settings, replace)
+    found = load(str(tmp_path / "awq"), Recipe.parse("bf16"))
+    assert found.recipe.name == "awq4-g64-asym"
+    assert torch.equal(logits(found), logits(load(str(tiny), Recipe.parse("rtn4-g64-asym"))))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_nf4_checkpoints_are_read(tiny: Path, tmp_path: Path, double: bool) -> None:
+    import bitsandbytes
+
+    def replace(weight: Tensor) -> dict[str, Tensor]:
+        layer = bitsandbytes.nn.Linear4bit(
+            weight.shape[1], weight.shape[0], bias=False, quant_type="nf4", compress_statistics=double
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(
+            weight.float(), requires_grad=False, quant_type="nf4", compress_statistics=double
+        ).to("cpu")
+        return dict(layer.state_dict())
+
+    settings = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+    }  # fmt: skip
+    rewrite(tiny, tmp_path / "bnb", settings, replace)
+    found = load(str(tmp_path / "bnb"), Recipe.parse("bf16"))
+    expected = load(str(tiny), Recipe.parse("nf4-dq" if double else "nf4"))
+    assert found.recipe == Recipe.parse("nf4-dq" if double else "nf4")
+    assert torch.equal(logits(found), logits(expected))
+
+
+def test_bitsandbytes_int8_checkpoints_are_served_as_int8(tiny: Path, tmp_path: Path) -> None:
+    def replace(weight: Tensor) -> dict[str, Tensor]:
+        absmax = weight.float().abs().amax(1)
+        return {"weight": (weight / absmax[:, None] * 127).round().to(torch.int8), "SCB": absmax}
+
+    rewrite(tiny, tmp_path / "bnb", {"quant_method": "bitsandbytes", "load_in_8bit": True}, replace)
+    found = load(str(tmp_path / "bnb"), Recipe.parse("fp32"))
+    assert found.recipe == Recipe.parse("fp32+int8")
+    p, q = logits(load(str(tiny), Recipe.parse("fp32"))).log_softmax(-1), logits(found).log_softmax(-1)
+    assert (p.exp() * (p - q)).sum(-1).mean() < 0.005
+
+
+def test_unknown_compression_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
+    rewrite(tiny, tmp_path / "model", {"quant_method": "quip"}, lambda weight: {"weight": weight})
+    with pytest.raises(CheckpointError, match="'quip'"):
+        load(str(tmp_path / "model"), Recipe.parse("bf16"))
