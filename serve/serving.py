@@ -148,7 +148,8 @@ def _require_one(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _show(config: Config, rows: Sequence[Mapping[str, Any]], url: str, console: Console, *, as_json: bool) -> None:
-    urls = {"api": f"{url}/v1", "metrics": f"{url}/metrics", "docs": f"{url}/openapi.json"}
+    paths = {"dashboard": "/dashboard", "api": "/v1", "metrics": "/metrics", "docs": "/openapi.json"}
+    urls = {name: url + path for name, path in paths.items()}
     if as_json:
         json.dump({"model": config.model_name, "urls": urls, "variants": [_row(row) for row in rows]}, sys.stdout)
         sys.stdout.write("\n")
@@ -159,9 +160,10 @@ def _show(config: Config, rows: Sequence[Mapping[str, Any]], url: str, console: 
         if row["state"] == "failed":
             console.print(f"[yellow]{row['name']} is not served:[/] {escape(str(row['reason']))}")
     for name, address in urls.items():
-        console.print(f"{name:8} {address}")
+        console.print(f"{name:9} {address}")
     body = json.dumps({"model": config.model_name, "prompt": "Once upon a time", "max_tokens": 60})
-    console.print(f"try it   curl {url}/v1/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
+    asked = f"curl {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+    console.print(f"try it    {asked}", soft_wrap=True)
     console.print("Ctrl-C stops")
 
 

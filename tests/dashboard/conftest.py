@@ -19,6 +19,9 @@ from tests.dashboard.stage import Stage
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (the dev extra)")
 
+# A machine that runs more than this test is slow at times.
+playwright.expect.set_options(timeout=20_000)
+
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -29,6 +32,17 @@ _FLAGS = (
 class Server:
     url: str
     stage: Stage
+    loop: asyncio.AbstractEventLoop
+
+    @contextmanager
+    def held(self, from_token: int) -> Iterator[None]:
+        """Inside, no answer gets past so many tokens."""
+        gate = self.stage.gate = asyncio.Event()
+        self.stage.gate_from = from_token
+        try:
+            yield
+        finally:
+            self.loop.call_soon_threadsafe(gate.set)
 
 
 @contextmanager
@@ -37,11 +51,13 @@ def serving(settings: ApiSettings) -> Iterator[Server]:
     stage = Stage()
     server = uvicorn.Server(uvicorn.Config(create_app(stage, settings), log_level="critical", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listener]),))
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listener]),))
         thread.start()
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", stage)
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", stage, loop)
         server.should_exit = True
         thread.join()
+        loop.close()
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +107,7 @@ def complaints() -> list[str]:
 def page(browser: playwright.Browser, complaints: list[str]) -> Iterator[playwright.Page]:
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(20_000)
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         yield page

@@ -70,12 +70,16 @@ class Stage:
         self.reset()
 
     def reset(self) -> None:
+        """`gate` holds tokens back, from position `gate_from` on, until it is set; `refusing` names a variant that
+        turns calls away; `beside` is metrics text of what this server does not count yet."""
         self.variants_ = {variant.name: variant for variant in default_variants()}
         self.recorder = Recorder()
         self.calls: list[Call] = []
         self.dealt: list[dict[str, float]] = []
-        self.token_s = 0.0
+        self.refusing: str | None = None
+        self.beside = ""
         self.gate: asyncio.Event | None = None
+        self.gate_from = 0
         self.revision = 0
         for variant in self.variants_.values():
             self.recorder.declare(variant.labels, metrics.METRICS)
@@ -106,6 +110,8 @@ class Stage:
         variant = self.variants_[pinned or "bf16"]
         if variant.state != "ready":
             raise VariantUnavailable(f"variant {variant.name!r} is {variant.state}")
+        if variant.name == self.refusing:
+            raise VariantUnavailable(f"variant {variant.name!r} is saturated", retry_after_s=1)
         return StagedAnswer(self, variant, call)
 
     def refused(self, status: int) -> None:
@@ -113,7 +119,7 @@ class Stage:
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
         assert not isinstance(prompt, str | tuple)
-        return Tokenized((7, 8, 9), ("<user>", "Hi", "<assistant>"), 512)
+        return Tokenized((4, 5, 6), ("<user>", "Hi", "<assistant>"), 512)
 
     async def detokenize(self, model: str, ids: tuple[int, ...]) -> str:
         return "".join(map(_word, ids))
@@ -124,7 +130,7 @@ class Stage:
                 self._gauges(variant)
         ledger = Ledger()
         ledger.update("stage", self.recorder.snapshot())
-        return ledger.render()
+        return ledger.render() + self.beside
 
     async def variants(self) -> Sequence[Mapping[str, Any]]:
         return [
@@ -184,16 +190,15 @@ class StagedAnswer:
                 yield event
 
     async def _answer(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        ids = request.prompt if isinstance(request.prompt, tuple) else (7, 8)
+        ids = request.prompt if isinstance(request.prompt, tuple) else (2, 3)
         scored = (None, *map(_scored, ids[1:])) if request.params.prompt_logprobs is not None else ()
         yield PromptDelta(request.request_id, ids, "".join(map(_word, ids)) if scored else "", scored)
         words = self._variant.says()[: request.params.max_tokens]
         if not words:
             yield Delta(request.request_id, 0, "", (), (), "length")
         for position, word in enumerate(words):
-            if self._stage.gate is not None:
+            if self._stage.gate is not None and position >= self._stage.gate_from:
                 await self._stage.gate.wait()
-            await asyncio.sleep(self._stage.token_s)
             last = position == len(words) - 1
             token = _token(word, 0.95 if position % 5 else 0.35)
             yield Delta(request.request_id, 0, word, (token.token_id,), (token,), "length" if last else None)

@@ -1,18 +1,387 @@
-"""What the page shows, in a real browser."""
+"""What the page shows and does, in a real browser in front of the real rim."""
 
 from __future__ import annotations
 
 import pytest
 
+from serve import metrics
 from tests.dashboard.conftest import Server, playwright
+from tests.dashboard.stage import STORY, Staged
 
 pytestmark = pytest.mark.browser
 expect = playwright.expect
+Page = playwright.Page
 
 
-def test_the_page_loads_without_a_word_on_the_console(server: Server, page: playwright.Page) -> None:
-    server.stage.answered("bf16", 3)
+def open_page(page: Page, server: Server) -> None:
     page.goto(f"{server.url}/dashboard")
-    expect(page.get_by_role("status").first).to_contain_text("3 of 4 variants ready")
+    expect(page.locator("#status")).to_contain_text("variants ready")
+
+
+def cell(page: Page, variant: str, title: str) -> playwright.Locator:
+    row = page.locator("table.variants tbody tr").filter(has=page.get_by_role("rowheader", name=variant))
+    return row.locator(f"td[data-title='{title}'] .main")
+
+
+# -- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def test_it_loads_without_a_word_on_the_console(server: Server, page: Page) -> None:
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 10)
+    open_page(page, server)
+    expect(page.locator("#status")).to_contain_text("3 of 4 variants ready")
     for title in ("Traffic", "Variants", "Which precision", "Loupe", "Over time", "Latency", "Memory"):
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+    expect(page).to_have_title("storyteller · Halftone")
+
+
+def test_a_server_that_nobody_asked_yet_says_so(server: Server, page: Page) -> None:
+    open_page(page, server)
+    expect(page.locator("#traffic")).to_contain_text("Nothing was asked yet")
+    expect(page.locator("#choice")).to_contain_text("No answers yet to time")
+    expect(page.locator("#latency")).to_be_hidden()
+    expect(cell(page, "bf16", "First token")).to_have_text("–")
+
+
+def test_numbers_move_while_traffic_flows(server: Server, page: Page) -> None:
+    server.stage.answered("bf16", 10)
+    open_page(page, server)
+    expect(page.locator("#traffic")).to_contain_text("10 answers")
+    expect(page.get_by_role("img", name="Answered: bf16 100 %")).to_be_visible()
+    server.stage.answered("int8", 10)
+    expect(page.locator("#traffic")).to_contain_text("20 answers")
+    expect(page.get_by_role("img", name="Answered: bf16 50 %, int8 50 %")).to_be_visible()
+    expect(cell(page, "int8", "Tokens/s")).not_to_have_text("0")
+    expect(page.get_by_role("img", name="Tokens per second. bf16: ")).to_be_visible()
+
+
+def test_percentiles_are_those_of_the_buckets(server: Server, page: Page) -> None:
+    """100 observations spread over one bucket, 0.06 to 0.08 s: the median is its middle, as Prometheus has it."""
+    labels = server.stage.variants_["bf16"].labels
+    server.stage.recorder.observe(metrics.TTFT, labels, 0.07, 100)
+    server.stage.answered("int8")
+    open_page(page, server)
+    expect(cell(page, "bf16", "First token")).to_have_text("70 ms")
+
+
+def test_memory_is_told_by_component_and_against_16_bits(server: Server, page: Page) -> None:
+    open_page(page, server)
+    row = page.locator(".memory-row").filter(has_text="nf4")
+    expect(row.get_by_role("img", name="weights 131 MiB, scales and tables 4.05 MiB, saved")).to_be_visible()
+    expect(row).to_contain_text("saved71.9 % (345 MiB)")
+    expect(row).to_contain_text("ratio3.56×")
+
+
+def test_the_front_holds_those_that_none_beats_in_both(server: Server, page: Page) -> None:
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 30)
+    open_page(page, server)
+    verdict = page.locator("#choice .verdict")
+    expect(verdict).to_have_text("int8 is fastest, nf4 smallest. Another variant is both faster and smaller than bf16.")
+
+
+def test_a_failed_variant_shows_its_reason(server: Server, page: Page) -> None:
+    open_page(page, server)
+    row = page.locator("tr.absent")
+    expect(row).to_contain_text("the calibration text has 12 tokens; it needs 4096")
+    server.stage.change("gptq4", state="loading", reason=None)
+    expect(row).to_contain_text("Loading: compress, 40 %")
+    server.stage.change("gptq4", state="ready")
+    expect(row).to_have_count(0)
+    expect(cell(page, "gptq4", "In flight")).to_have_text("2")
+
+
+def test_a_variants_name_is_text_and_never_markup(server: Server, page: Page) -> None:
+    evil = Staged("<img src=x onerror=alert(1)>", state="failed", reason="<b>bold</b>", precision="nf4")
+    server.stage.variants_[evil.name] = evil
+    open_page(page, server)
+    expect(page.get_by_role("rowheader", name=evil.name)).to_be_visible()
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_drift_appears_once_it_is_measured(server: Server, page: Page) -> None:
+    server.stage.answered("nf4", 30)
+    open_page(page, server)
+    expect(page.locator("#drift")).to_be_hidden()
+    expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_hidden()
+    server.stage.beside = (
+        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="0.01"} 60\n'
+        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="0.1"} 100\n'
+        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="+Inf"} 100\n'
+        'halftone_drift_kl_divergence_nats_sum{variant="nf4"} 2.5\n'
+        'halftone_drift_tokens_total{variant="nf4"} 100\n'
+        'halftone_drift_top1_agreements_total{variant="nf4"} 91\n'
+    )
+    row = page.locator("#drift tbody tr")
+    expect(row).to_contain_text("0.025")
+    expect(row).to_contain_text("91 %")
+    expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_visible()
+
+
+# -- the split -------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_weight_takes_effect(server: Server, page: Page) -> None:
+    open_page(page, server)
+    slider = page.get_by_role("slider", name="Share of int8")
+    expect(page.get_by_role("button", name="Apply")).to_be_disabled()
+    slider.fill("50")
+    outputs = page.locator(".slider output")
+    expect(outputs).to_have_text(["38 %", "50 %", "12 %", "0 %"])
+    page.get_by_role("button", name="Apply").click()
+    expect(page.locator("#traffic")).to_contain_text("In force: bf16 38 %, int8 50 %, nf4 12 %, gptq4 0 %.")
+    expect(page.get_by_role("img", name="Configured: bf16 38 %, int8 50 %, nf4 12 %")).to_be_visible()
+    assert server.stage.dealt == [{"bf16": 38, "int8": 50, "nf4": 12, "gptq4": 0}]
+
+
+def test_what_a_hand_has_begun_is_not_overwritten_and_can_be_undone(server: Server, page: Page) -> None:
+    open_page(page, server)
+    page.get_by_role("slider", name="Share of bf16").fill("100")
+    server.stage.change("bf16", weight=40.0)
+    server.stage.change("int8", weight=40.0)
+    expect(page.get_by_role("img", name="Configured: bf16 40 %, int8 40 %, nf4 20 %")).to_be_visible()
+    expect(page.locator(".slider output")).to_have_text(["100 %", "0 %", "0 %", "0 %"])
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".slider output")).to_have_text(["40 %", "40 %", "20 %", "0 %"])
+
+
+def test_the_split_can_be_changed_by_keyboard_alone(server: Server, page: Page) -> None:
+    open_page(page, server)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the numbers")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("slider", name="Share of bf16")).to_be_focused()
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Undo")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#traffic")).to_contain_text("In force: bf16 70 %")
+    assert server.stage.dealt[-1]["bf16"] == 70
+
+
+# -- the loupe -------------------------------------------------------------------------------------------------------
+
+
+def compare(page: Page) -> None:
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#loupe")).to_contain_text("Done.")
+
+
+def column(page: Page, variant: str) -> playwright.Locator:
+    return page.locator("article.column").filter(has=page.get_by_role("heading", name=variant))
+
+
+def test_the_loupe_marks_the_first_token_that_differs(server: Server, page: Page) -> None:
+    open_page(page, server)
+    compare(page)
+    assert [call.model for call in server.stage.calls[:3]] == [
+        "storyteller@bf16", "storyteller@int8", "storyteller@nf4"
+    ]  # fmt: skip
+    expect(column(page, "bf16").locator(".tokens")).to_have_text("".join(STORY))
+    expect(column(page, "int8").locator(".diverged")).to_have_count(0)
+    expect(column(page, "int8")).to_contain_text("Word for word the reference's answer.")
+    expect(column(page, "nf4").locator(".diverged")).to_have_text(" food")
+    expect(column(page, "nf4")).to_contain_text("Parts from the reference at token 13. 16 of 19 tokens")
+    expect(column(page, "nf4")).to_contain_text("weights135 MiB")
+    expect(column(page, "nf4").locator("dd").nth(1)).not_to_have_text("–")
+
+
+def test_tokens_are_coloured_by_the_variant_and_then_by_the_reference(server: Server, page: Page) -> None:
+    open_page(page, server)
+    compare(page)
+    food = column(page, "nf4").locator(".token").nth(12)
+    expect(food).to_have_attribute("data-level", "0")
+    page.get_by_label("the variant's own probability").check()
+    expect(food).to_have_attribute("data-level", "4")
+    expect(column(page, "nf4").locator(".token").nth(10)).to_have_attribute("data-level", "3")
+
+
+def test_the_loupe_shows_tokens_while_they_come(server: Server, page: Page) -> None:
+    open_page(page, server)
+    with server.held(from_token=5):
+        page.get_by_role("button", name="Compare").click()
+        expect(column(page, "int8").locator(".token")).to_have_count(5)
+        expect(column(page, "nf4")).to_contain_text("The same so far.")
+        expect(page.locator("#loupe")).to_contain_text("Answering …")
+    expect(column(page, "int8").locator(".token")).to_have_count(len(STORY))
+    expect(page.locator("#loupe")).to_contain_text("Done.")
+
+
+def test_a_comparison_can_be_stopped(server: Server, page: Page) -> None:
+    open_page(page, server)
+    with server.held(from_token=5):
+        page.get_by_role("button", name="Compare").click()
+        expect(column(page, "int8").locator(".token")).to_have_count(5)
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#loupe")).to_contain_text("Stopped.")
+        expect(page.get_by_role("button", name="Compare")).to_be_enabled()
+
+
+def test_an_answer_can_be_walked_through_by_keyboard(server: Server, page: Page) -> None:
+    open_page(page, server)
+    compare(page)
+    page.get_by_role("region", name="Answer of nf4").focus()
+    page.keyboard.press("End")
+    for _ in range(len(STORY) - 1 - 12):
+        page.keyboard.press("ArrowLeft")
+    expect(page.locator(".inspector")).to_have_text(
+        "nf4, token 13: “ food” 95 %; else “ else” 2.5 %; bf16 gives it 0.5 % and would say “ berries” (70 %)."
+    )
+    expect(column(page, "bf16").locator(".here")).to_have_text(" berries")
+
+
+def test_one_variant_that_fails_leaves_the_others_their_answers(
+    server: Server, page: Page, complaints: list[str]
+) -> None:
+    open_page(page, server)
+    server.stage.refusing = "int8"
+    compare(page)
+    expect(column(page, "int8")).to_contain_text("variant 'int8' is saturated")
+    expect(column(page, "nf4").locator(".diverged")).to_have_text(" food")
+    assert all("503" in complaint for complaint in complaints)  # the browser's own note of the status
+    complaints.clear()
+
+
+def test_a_conversation_is_sent_in_the_models_own_template(server: Server, page: Page) -> None:
+    open_page(page, server)
+    page.get_by_label("Sent as").select_option("chat")
+    compare(page)
+    assert server.stage.calls[0].requests[0].prompt == (4, 5, 6)
+
+
+# -- who may look ----------------------------------------------------------------------------------------------------
+
+
+def give_key(page: Page, key: str) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Use this key").click()
+
+
+def test_a_locked_server_asks_for_its_key_and_keeps_it_in_the_tab(
+    locked: Server, page: Page, complaints: list[str]
+) -> None:
+    page.goto(f"{locked.url}/dashboard")
+    dialog = page.get_by_role("dialog", name="A key is needed")
+    expect(dialog).to_contain_text("answers only those who send a key")
+    give_key(page, "sk-wrong")
+    expect(dialog).to_contain_text("The server refused this key.")
+    give_key(page, "sk-admin")
+    expect(page.locator("#status")).to_contain_text("3 of 4 variants ready")
+    expect(page.get_by_role("slider", name="Share of bf16")).to_be_enabled()
+    assert page.evaluate("[JSON.stringify(localStorage), document.cookie]") == ["{}", ""]
+    assert page.evaluate("sessionStorage.length") == 1
+    assert all("401" in complaint for complaint in complaints)
+    complaints.clear()
+
+
+def test_an_api_key_shows_everything_and_changes_nothing(locked: Server, page: Page, complaints: list[str]) -> None:
+    page.goto(f"{locked.url}/dashboard")
+    give_key(page, "sk-api")
+    expect(page.locator("#traffic")).to_contain_text("the admin key is needed")
+    expect(page.get_by_role("slider", name="Share of bf16")).to_be_hidden()
+    expect(page.get_by_role("img", name="In force: bf16 60 %, int8 20 %, nf4 20 %")).to_be_visible()
+    page.get_by_role("button", name="Enter the admin key").click()
+    give_key(page, "sk-admin")
+    expect(page.get_by_role("slider", name="Share of bf16")).to_be_visible()
+    complaints.clear()
+
+
+# -- when things go wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_goes_away_is_told_and_found_again(server: Server, page: Page, complaints: list[str]) -> None:
+    open_page(page, server)
+    page.route("**/metrics", lambda route: route.abort())
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached. What you see is from")
+    expect(page.locator("#status")).to_have_text("Not connected")
+    expect(cell(page, "bf16", "In flight")).to_have_text("2")
+    page.unroute("**/metrics")
+    expect(page.locator("#status")).to_contain_text("variants ready")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    complaints.clear()
+
+
+def test_nobody_is_asked_while_nobody_looks(server: Server, page: Page) -> None:
+    page.clock.install()
+    open_page(page, server)
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    page.evaluate(hide % "true" + "document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_load_state("networkidle")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(60_000)
+    assert asked == []
+    with page.expect_request("**/metrics"):
+        page.evaluate(hide % "false" + "document.dispatchEvent(new Event('visibilitychange'))")
+        page.clock.run_for(1)
+
+
+def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(
+    server: Server, page: Page, complaints: list[str]
+) -> None:
+    page.clock.install()
+    open_page(page, server)
+    page.route("**/metrics", lambda route: route.abort())
+    page.clock.run_for(1000)
+    said = page.get_by_role("alert")
+    expect(said).to_contain_text("Next try in 2 s.")
+    for _ in range(100):
+        page.clock.run_for(15_000)
+        if "Next try in 15 s." in said.inner_text():
+            break
+    expect(said).to_contain_text("Next try in 15 s.")
+    complaints.clear()
+
+
+def test_a_server_that_started_anew_starts_the_history_anew(server: Server, page: Page) -> None:
+    server.stage.answered("bf16", 50)
+    open_page(page, server)
+    expect(page.locator("#traffic")).to_contain_text("50 answers")
+    server.stage.reset()
+    server.stage.answered("int8", 3)
+    expect(page.locator("#traffic")).to_contain_text("3 answers")
+
+
+# -- how it looks ----------------------------------------------------------------------------------------------------
+
+
+def test_no_width_needs_a_sideways_scroll(server: Server, page: Page) -> None:
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 10)
+    open_page(page, server)
+    compare(page)
+    for width in (1920, 1280, 1000, 900, 768, 390, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+
+
+def test_dark_and_light_follow_the_system_and_the_choice(server: Server, page: Page) -> None:
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    page.emulate_media(color_scheme="light")
+    open_page(page, server)
+    light = page.evaluate(ground)
+    page.emulate_media(color_scheme="dark")
+    dark = page.evaluate(ground)
+    assert dark != light
+    page.get_by_label("Theme").select_option("light")
+    assert page.evaluate(ground) == light
+    page.reload()
+    expect(page.get_by_label("Theme")).to_have_value("light")
+    assert page.evaluate(ground) == light
+
+
+def test_every_control_and_picture_has_a_name(server: Server, page: Page) -> None:
+    server.stage.answered("bf16", 10)
+    open_page(page, server)
+    nameless = """() => [...document.querySelectorAll('button, input, select, textarea, a, [role=img], section, nav')]
+        .filter((node) => node.checkVisibility())
+        .filter((node) => !(node.ariaLabel || node.labels?.length || node.textContent.trim()
+            || document.getElementById(node.getAttribute('aria-labelledby'))))
+        .map((node) => node.outerHTML.slice(0, 120))"""
+    assert page.evaluate(nameless) == []

@@ -8,6 +8,7 @@ const uPlot = globalThis.uPlot;
 const FONT = '11px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 const HEIGHT = 168;
 const LABEL_GAP = 13;
+const SHORTEST_S = 60;
 const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500];
 const BYTE_STEPS = [0, 1, 2, 3, 4].flatMap((power) => STEPS.map((step) => step * 1024 ** power));
 
@@ -42,8 +43,7 @@ class Figure {
     this.node = el(
       "figure",
       { class: "chart", role: "group" },
-      el("figcaption", {}, el("strong", {}, title), note ? el("span", { class: "note" }, ` ${note}`) : null),
-      this.#readout,
+      el("figcaption", {}, el("strong", {}, title), note ? el("span", { class: "note" }, note) : null, this.#readout),
       this.#host,
     );
     this.title = title;
@@ -92,7 +92,7 @@ export class TimeChart extends Figure {
     return {
       cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 6 } },
       padding: [6, labelWidth(variants), 0, 0],
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+      scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - SHORTEST_S), high] }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
       axes: [axis((seconds) => clock(seconds * 1000), { space: 70, size: 24 }), axis(this.format, { size: 58, space: 28, ...this.steps })],
       series: [{}, ...variants.map((variant) => line(variant))],
       hooks: { draw: [(plot) => nameEnds(plot, variants)], setCursor: [(plot) => this.#read(plot, variants)] },
@@ -122,7 +122,7 @@ export class DistributionChart extends Figure {
       padding: [8, labelWidth(variants), 0, 0],
       scales: { x: { time: false, distr: 3, range: (_, low, high) => [low, high] }, y: { range: [0, 1] } },
       axes: [
-        axis(this.format, { size: 24, space: 44, filter: (_, splits) => splits.map((v) => (leading(v) ? v : null)) }),
+        axis(this.format, { size: 24, filter: leading, grid: { stroke: () => themed("--line"), width: 1, filter: leading } }),
         axis((share) => `${Math.round(share * 100)} %`, { size: 46, splits: () => [0, 0.5, 0.9, 1] }),
       ],
       series: [{}, ...variants.map((variant) => line(variant))],
@@ -139,10 +139,13 @@ export class DistributionChart extends Figure {
   }
 }
 
-/** On a log axis only 1, 2 and 5 times a power of ten are written. */
-function leading(value) {
-  const digit = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
-  return [1, 2, 5].some((mark) => Math.abs(digit - mark) < 1e-6);
+/** On a log axis only 1, 2 and 5 times a power of ten are drawn, and only the powers where it is long. */
+function leading(plot, splits) {
+  const marks = plot.scales.x.max / plot.scales.x.min > 50 ? [1] : [1, 2, 5];
+  return splits.map((value) => {
+    const digit = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
+    return marks.some((mark) => Math.abs(digit - mark) < 1e-6) ? value : null;
+  });
 }
 
 /** Points named beside their mark, and the front: those that no other point beats in both directions. */
@@ -227,7 +230,7 @@ function nameMarks(plot, variants) {
   variants.forEach((variant, index) => {
     const [x, y] = [plot.valToPos(plot.data[0][index], "x", true), plot.valToPos(plot.data[index + 2][index], "y", true)];
     write(plot, markOf(variant), x - 5 * ratio, y, { variant }, 15);
-    write(plot, variant.name, x + 10 * ratio, y, { variant });
+    write(plot, variant.name, x + 10 * ratio, y - 9 * ratio, { variant });
   });
 }
 

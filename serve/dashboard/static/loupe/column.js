@@ -5,9 +5,9 @@ import { bytes, count, duration, number, percent } from "../format.js";
 import { markOf, seriesClass } from "../palette.js";
 import { Spelling, divergence } from "./answer.js";
 
-const LEVELS = [0.01, 0.1, 0.3, 0.6, 0.9];
+const LEVELS = [0.01, 0.1, 0.3, 0.6];
 
-/** 0 (hardly possible) to 5 (as good as certain). */
+/** 0 (hardly possible) to 4 (likely). */
 export const levelOf = (logprob) => LEVELS.filter((level) => Math.exp(logprob) >= level).length;
 
 export class Column {

@@ -2,9 +2,9 @@
 
 import { FrontChart } from "../charts.js";
 import { el, keyed, setText, show } from "../dom.js";
-import { bytes, duration, factor, number, percent } from "../format.js";
+import { bytes, count, duration, factor, number, percent } from "../format.js";
 import { markOf, seriesClass } from "../palette.js";
-import { mean } from "../prometheus.js";
+import { mean, observations } from "../prometheus.js";
 import { panel } from "./panel.js";
 
 export function choicePanel() {
@@ -34,22 +34,23 @@ export function choicePanel() {
 
   function update(view) {
     const points = pointsOf(view.variants);
-    const quiet = points.filter((p) => Number.isFinite(p.speed));
+    const timed = points.filter((p) => Number.isFinite(p.speed));
     const judged = points.filter((p) => Number.isFinite(p.drift));
-    show(speed.node, quiet.length > 0);
+    show(speed.node, timed.length > 0);
     show(quality.node, judged.length > 0);
-    const front = quiet.length ? speed.plot(quiet.map(({ variant, size, speed: y }) => ({ variant, x: size, y }))) : [];
+    const front = timed.length ? speed.plot(timed.map(({ variant, size, speed: y }) => ({ variant, x: size, y }))) : [];
     if (judged.length) quality.plot(judged.map(({ variant, size, drift: y }) => ({ variant, x: size, y })));
     const reference = points.find((p) => p.variant.name === view.reference);
+    table.classList.toggle("unmeasured", judged.length === 0);
     setText(table.caption, reference ? `Held against ${view.reference}` : "");
     keyed(body, points, (p) => p.variant.name, makeRow, (row, p) => updateRow(row, p, reference));
-    setText(verdict, verdictOf(quiet, front));
+    setText(verdict, verdictOf(timed, front));
   }
 
   const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
   return panel(
     { id: "choice", title: "Which precision", lead, update, available: (view) => pointsOf(view.variants).length > 0 },
-    el("div", { class: "split" }, el("div", { class: "charts" }, speed.node, quality.node), el("div", {}, verdict, table)),
+    el("div", { class: "split" }, el("div", { class: "charts" }, speed.node, quality.node), el("div", { class: "wide" }, verdict, table)),
   );
 }
 
@@ -61,6 +62,7 @@ function pointsOf(variants) {
     size: variant.storedBytes,
     speed: 1 / mean(variant.stats.itl),
     gap: mean(variant.stats.itl),
+    gaps: observations(variant.stats.itl),
     drift: variant.stats.drift.meanNats,
   }));
 }
@@ -72,11 +74,11 @@ function makeRow({ variant }) {
 }
 
 function updateRow(row, point, reference) {
-  const { variant, size, speed, gap, drift } = point;
+  const { variant, size, speed, gap, gaps, drift } = point;
   const texts = [
-    [factor(speed / reference?.speed), `${duration(gap)} per token`],
+    [factor(speed / reference?.speed), `${duration(gap)} a token, n ${count(gaps)}`],
     [factor(size / reference?.size), bytes(size)],
-    [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits per weight`],
+    [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits a weight`],
     [number(drift, 2), Number.isFinite(drift) ? `${percent(variant.stats.drift.agreement)} same first choice` : "not measured"],
   ];
   texts.forEach(([main, second], index) => {
@@ -86,9 +88,13 @@ function updateRow(row, point, reference) {
   });
 }
 
-/** The plot in a sentence or two. */
+const FEW_GAPS = 300;
+
+/** The plot in a sentence or two, once enough tokens were timed. */
 function verdictOf(points, front) {
   if (!points.length) return "No answers yet to time. Send some, or try the loupe.";
+  const few = points.filter((p) => p.gaps < FEW_GAPS).map((p) => p.variant.name);
+  if (few.length) return `Too few tokens timed yet to tell: ${few.join(", ")}.`;
   if (points.length === 1) return `Only ${points[0].variant.name} has answered so far.`;
   const fastest = points.toSorted((a, b) => b.speed - a.speed)[0].variant.name;
   const smallest = points.toSorted((a, b) => a.size - b.size)[0].variant.name;

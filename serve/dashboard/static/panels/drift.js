@@ -33,7 +33,7 @@ export function driftPanel() {
   const lead = "Served tokens scored again on the reference variant, over the whole vocabulary.";
   return panel(
     { id: "drift", title: "Drift", lead, update, available: (view) => measured(view).length > 0 },
-    el("div", { class: "split" }, chart.node, table),
+    el("div", { class: "split" }, chart.node, el("div", { class: "wide" }, table)),
   );
 }
 

@@ -8,7 +8,7 @@ import { markOf, seriesClass } from "../palette.js";
 import { panel } from "./panel.js";
 
 const AT_ONCE = 4;
-const LEVEL_NAMES = ["<1 %", "1–10", "10–30", "30–60", "60–90", ">90 %"];
+const LEVEL_NAMES = ["<1 %", "1–10 %", "10–30 %", "30–60 %", ">60 %"];
 
 export function loupePanel() {
   const loupe = new Loupe();

@@ -1,42 +1,57 @@
-// Where each variant's memory is, by component, against what the same weights would take at 16 bits.
+// Where each variant's memory is: its weights against what they would take at 16 bits, and all that it holds.
 
 import { el, keyed, setAttribute, setText, setVars } from "../dom.js";
 import { bytes, duration, factor, number, percent } from "../format.js";
 import { markOf, seriesClass } from "../palette.js";
 import { panel } from "./panel.js";
 
-const COMPONENTS = [
-  ["weights", "weights"],
-  ["quantization", "scales and tables"],
-  ["kv_cache", "KV cache"],
-  ["activations", "activations"],
-];
+const NAMES = {
+  weights: "weights",
+  quantization: "scales and tables",
+  saved: "saved against 16 bits",
+  kv_cache: "KV cache in use",
+  kv_free: "KV cache reserved",
+  activations: "activations",
+  rest: "rest of the process",
+};
 
 export function memoryPanel() {
-  const legend = el(
-    "ul",
-    { class: "legend" },
-    COMPONENTS.slice(0, 3).map(([key, name]) => el("li", {}, el("i", { class: `swatch ${key}` }), name)),
-    el("li", {}, el("i", { class: "swatch saved" }), "saved against 16 bits"),
-  );
+  const keys = Object.entries(NAMES).filter(([key]) => key !== "activations");
+  const legend = el("ul", { class: "legend" }, keys.map(([key, name]) => el("li", {}, el("i", { class: `swatch ${key}` }), name)));
   const rows = el("div", { class: "memory" });
   const update = ({ variants }) => {
-    const shown = variants.filter((v) => Number.isFinite(v.storedBytes));
-    const widest = Math.max(...shown.map((v) => wholeBytes(v)));
-    keyed(rows, shown, (v) => v.name, makeRow, (row, v) => updateRow(row, v, widest));
+    const shown = variants.filter((variant) => Number.isFinite(variant.storedBytes));
+    const widest = Math.max(...shown.map((variant) => total(storedParts(variant))));
+    const whole = Math.max(...shown.map((variant) => total(heldParts(variant))));
+    keyed(rows, shown, (v) => v.name, makeRow, (row, v) => updateRow(row, v, widest, whole));
   };
-  const available = ({ variants }) => variants.some((v) => Number.isFinite(v.storedBytes));
-  return panel({ id: "memory", title: "Memory", update, available }, legend, rows);
+  const available = ({ variants }) => variants.some((variant) => Number.isFinite(variant.storedBytes));
+  const lead = "Above: the stored weights. Below, thin and on a scale of its own: all that the variant holds.";
+  return panel({ id: "memory", title: "Memory", lead, update, available }, legend, rows);
 }
+
+const total = (parts) => parts.reduce((sum, part) => sum + part.size, 0);
 
 const savedBytes = (variant) => Math.max(0, variant.storedBytes * (variant.compressionRatio - 1) || 0);
 
-function partsOf(variant) {
-  const present = COMPONENTS.filter(([key]) => variant.memory[key] > 0);
-  return present.map(([key, name]) => ({ key, name, size: variant.memory[key] }));
+function storedParts(variant) {
+  const { weights, quantization } = variant.memory;
+  return parts({ weights, quantization, saved: savedBytes(variant) });
 }
 
-const wholeBytes = (variant) => partsOf(variant).reduce((total, part) => total + part.size, 0) + savedBytes(variant);
+/** On a CPU all of it is the process's own memory, so what is left of that can be told. */
+function heldParts(variant) {
+  const { weights, quantization = 0, kv_cache: reserved = 0, activations = 0, process = 0 } = variant.memory;
+  const used = reserved * (variant.kvUsage || 0);
+  const onCpu = (variant.report?.device ?? "cpu").startsWith("cpu");
+  const rest = onCpu ? process - weights - quantization - reserved - activations : 0;
+  return parts({ weights, quantization, kv_cache: used, kv_free: reserved - used, activations, rest });
+}
+
+function parts(sizes) {
+  const known = Object.entries(sizes).filter(([, size]) => size > 0);
+  return known.map(([key, size]) => ({ key, size }));
+}
 
 function makeRow(variant) {
   return el(
@@ -44,24 +59,25 @@ function makeRow(variant) {
     { class: `memory-row ${seriesClass(variant)}` },
     el("span", { class: "name" }, `${markOf(variant)} ${variant.name}`),
     el("div", { class: "bar", role: "img" }),
+    el("div", { class: "bar thin", role: "img" }),
     el("dl", { class: "facts" }),
   );
 }
 
-function updateRow(row, variant, widest) {
-  const [, bar, facts] = row.children;
-  const saved = { key: "saved", name: "saved against 16 bits", size: savedBytes(variant) };
-  const parts = [...partsOf(variant), saved].filter((part) => part.size > 0);
-  // What was saved stands beside what is stored, the KV cache after both.
-  const order = ["weights", "quantization", "saved", "kv_cache", "activations"];
-  parts.sort((a, b) => order.indexOf(a.key) - order.indexOf(b.key));
-  setAttribute(bar, "aria-label", parts.map((part) => `${part.name} ${bytes(part.size)}`).join(", "));
-  keyed(bar, parts, (part) => part.key, (part) => el("span", { class: `part ${part.key}` }), (node, part) => {
-    setVars(node, { "--share": part.size / widest });
-    setAttribute(node, "title", `${part.name}: ${bytes(part.size)}`);
-  });
-  keyed(facts, factsOf(variant), ([name]) => name, ([name]) => el("div", {}, el("dt", {}, name), el("dd")), (node, [, value]) => {
-    setText(node.children[1], value);
+function updateRow(row, variant, widest, whole) {
+  const [, stored, held, facts] = row.children;
+  updateBar(stored, storedParts(variant), widest);
+  updateBar(held, heldParts(variant), whole);
+  const make = ([name]) => el("div", {}, el("dt", {}, name), el("dd"));
+  keyed(facts, factsOf(variant), ([name]) => name, make, (node, [, value]) => setText(node.children[1], value));
+}
+
+function updateBar(bar, shown, widest) {
+  setAttribute(bar, "aria-label", shown.map(({ key, size }) => `${NAMES[key]} ${bytes(size)}`).join(", "));
+  const make = ({ key }) => el("span", { class: `part ${key}` });
+  keyed(bar, shown, ({ key }) => key, make, (node, { key, size }) => {
+    setVars(node, { "--share": size / widest });
+    setAttribute(node, "title", `${NAMES[key]}: ${bytes(size)}`);
   });
 }
 

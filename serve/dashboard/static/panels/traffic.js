@@ -2,7 +2,8 @@
 
 import { sendJson, ServerError } from "../client.js";
 import { el, keyed, setAttribute, setText, setVars, show } from "../dom.js";
-import { count, percent, span } from "../format.js";
+import { bytes, count, number, percent, span } from "../format.js";
+import { sum } from "../history.js";
 import { markOf, seriesClass } from "../palette.js";
 import { rebalanced, rounded } from "../weights.js";
 import { panel } from "./panel.js";
@@ -10,17 +11,20 @@ import { panel } from "./panel.js";
 export function trafficPanel({ look, askKey }) {
   const bars = el("div", { class: "shares" });
   const note = el("p", { class: "hint" });
+  const totals = el("dl", { class: "facts totals" });
   const editor = new Editor(look, askKey);
 
   function update(view) {
     const rows = rowsOf(view);
     keyed(bars, rows, (row) => row.key, makeBar, updateBar);
     setText(note, noteOf(view));
+    const make = ([name]) => el("div", {}, el("dt", {}, name), el("dd"));
+    keyed(totals, totalsOf(view), ([name]) => name, make, (node, [, value]) => setText(node.children[1], value));
     editor.update(view);
   }
 
   const described = { id: "traffic", title: "Traffic", update };
-  return panel(described, el("div", { class: "split" }, el("div", {}, bars, note), editor.node));
+  return panel(described, el("div", { class: "split" }, el("div", {}, bars, note, totals), editor.node));
 }
 
 function rowsOf({ variants, answered, span: { whole, seconds }, snapshot }) {
@@ -35,6 +39,19 @@ function rowsOf({ variants, answered, span: { whole, seconds }, snapshot }) {
   const answers = whole ? "Answered" : `Answered in ${span(seconds)}`;
   if (answered) rows.push(row("answered", answers, (v) => v.answeredShare));
   return rows;
+}
+
+/** The whole server in a few numbers. */
+function totalsOf({ variants, answered }) {
+  const add = (valueOf) => variants.reduce((total, variant) => total + (valueOf(variant) || 0), 0);
+  return [
+    ["requests/s", number(add((v) => v.now.requestsPerSecond))],
+    ["tokens/s", number(add((v) => v.now.tokensPerSecond))],
+    ["in flight", count(add((v) => v.running + v.waiting))],
+    ["errors", percent(add((v) => sum(v.stats.errors)) / answered, 2)],
+    ["weights", bytes(add((v) => v.storedBytes))],
+    ["whole memory", bytes(add((v) => v.memory.process))],
+  ];
 }
 
 function makeBar() {
@@ -62,7 +79,7 @@ function updateBar(node, { label, parts }) {
 
 function noteOf({ variants, answered, snapshot }) {
   const absent = variants.filter((v) => v.weight > 0 && v.state !== "ready").map((v) => `${v.name} is ${v.state}`);
-  const refused = Object.values(snapshot.refused).reduce((total, value) => total + value, 0);
+  const refused = sum(snapshot.refused);
   return [
     absent.length ? `${absent.join(", ")}: others take its share.` : "",
     answered ? `${count(answered)} answers, pinned ones included.` : "Nothing was asked yet. Try the loupe below.",

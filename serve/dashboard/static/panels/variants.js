@@ -7,29 +7,29 @@ import { markOf, seriesClass } from "../palette.js";
 import { quantile } from "../prometheus.js";
 import { panel } from "./panel.js";
 
-/** Title, explanation, and what a cell says: a main text, and a second line where there is one. */
+/** Title, what it means, and what a cell says: a main text, and a second line where there is one. */
 const COLUMNS = [
-  ["Requests/s", "Answers that ended in the last 10 seconds", (v) => [number(v.now.requestsPerSecond)]],
-  ["Tokens/s", "Tokens made in the last 10 seconds", (v) => [number(v.now.tokensPerSecond)]],
-  ["First token", "Received to first token (TTFT): median, then 90th and 99th percentile", (v) => quantiles(v.stats.ttft)],
-  ["Next token", "Gap between two tokens (ITL): median, then 90th and 99th percentile", (v) => quantiles(v.stats.itl)],
-  ["Whole answer", "Received to last token (E2E): median, then 90th and 99th percentile", (v) => quantiles(v.stats.e2e)],
-  ["In flight", "Sequences that the engine runs, and those that wait for it", inFlight],
-  ["KV cache", "Used share of the KV blocks, of the fullest replica", (v) => [percent(v.kvUsage, 2)]],
-  ["Errors", "Share of requests that failed", errors],
-  ["Weights", "Stored bytes, scales and tables included; bits per weight of the compressed layers", weights],
+  ["Requests/s", "last 10 s", (v) => [number(v.now.requestsPerSecond)]],
+  ["Tokens/s", "last 10 s", (v) => [number(v.now.tokensPerSecond)]],
+  ["First token", "TTFT: p50, p90 · p99", (v) => quantiles(v.stats.ttft)],
+  ["Next token", "ITL: p50, p90 · p99", (v) => quantiles(v.stats.itl)],
+  ["Whole answer", "E2E: p50, p90 · p99", (v) => quantiles(v.stats.e2e)],
+  ["In flight", "running", inFlight],
+  ["KV cache", "of its blocks", (v) => [percent(v.kvUsage, 2)]],
+  ["Errors", "of its requests", errors],
+  ["Weights", "with scales", weights],
 ];
 
 export function variantsPanel() {
   const body = el("tbody");
-  const titles = COLUMNS.map(([title, why]) => el("th", { scope: "col", title: why }, title));
+  const titles = COLUMNS.map(([title, what]) => el("th", { scope: "col" }, title, el("span", { class: "second" }, what)));
   const head = el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Variant"), titles));
   const caption = el("caption", { class: "unseen" }, "Variants: speed, load, errors and size");
   const table = el("table", { class: "variants" }, caption, head, body);
   const update = ({ variants }) => {
     keyed(body, variants, (v) => `${v.name} ${v.state === "ready"}`, (v) => makeRow(v), updateRow);
   };
-  return panel({ id: "variants", title: "Variants", update }, table);
+  return panel({ id: "variants", title: "Variants", update }, el("div", { class: "wide" }, table));
 }
 
 function makeRow(variant) {
