@@ -149,6 +149,8 @@ class Settings(BaseModel):
     def _check(self) -> Self:
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ValueError("url: write http://HOST:PORT or https://HOST:PORT")
+        if "@" in urlsplit(self.url).netloc:
+            raise ValueError("url: credentials do not belong there; use api_key_env or a header")
         unknown = sorted(set(self.slo) - set(METRICS_WITH_LIMITS))
         if unknown:
             raise ValueError(f"slo: no metric {', '.join(unknown)}; allowed are {', '.join(METRICS_WITH_LIMITS)}")
