@@ -88,9 +88,7 @@ class _Due:
 
 
 class Generator:
-    """One process's share of one stage. `emit` gets every request exactly once, finished, failed or
-    interrupted.
-    """
+    """One process's share of one stage. `emit` gets every request exactly once, finished, failed or interrupted."""
 
     def __init__(self, assignment: Assignment, emit: Callable[[Capture], None]) -> None:
         settings = assignment.settings

@@ -31,9 +31,7 @@ def seconds(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """YAML reads `rate: 4` as a number and `rate: [1, 2]` as a list; both are written as on the command
-    line.
-    """
+    """YAML reads `rate: 4` as a number and `rate: [1, 2]` as a list; both are written as on the command line."""
     if isinstance(value, (list, tuple)):
         return ",".join(str(item) for item in value)
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
