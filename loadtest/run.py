@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
 from loadtest import server_metrics, sweep
+from loadtest.arrivals import read_trace
 from loadtest.errors import InputError
 from loadtest.fleet import Fleet
 from loadtest.frames import Health
@@ -55,6 +56,8 @@ class Run:
         self._raw = raw
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         self._prompt_count = len(read_prompts(settings.prompts)) if settings.prompts else None
+        if settings.trace is not None:
+            read_trace(settings.trace)  # what cannot be read is said before anything is sent
         self._tls = target_of(settings).tls
         self._stop = asyncio.Event()
         self._stages: list[Stage] = []

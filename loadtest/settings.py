@@ -162,8 +162,8 @@ class Settings(BaseModel):
         if len(ways) != 1:
             given = " and ".join(ways) or "none of them"
             raise ValueError(f"give one of concurrency (closed loop), rate or trace (open loop), not {given}")
-        if (self.arrivals == "trace") != (self.trace is not None):
-            raise ValueError("arrivals: trace and the file trace go together")
+        if self.arrivals == "trace" and self.trace is None:
+            raise ValueError("arrivals: trace needs the file trace")
         if self.num_requests is not None and self.duration is not None:
             raise ValueError("give num_requests or duration, not both")
         if self.num_requests is None and self.duration is None and self.trace is None:
