@@ -36,11 +36,12 @@ SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GATED = {"q_proj", "o_proj", "gate_proj", "down_proj"}
 CONFIGS: dict[str, tuple[PretrainedConfig, set[str]]] = {
-    "llama": (LlamaConfig(**SMALL), {"q_proj", "o_proj", "gate_proj", "down_proj"}),
-    "llama-bias": (LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), {"q_proj", "o_proj", "gate_proj", "down_proj"}),
-    "qwen3": (Qwen3Config(**SMALL, head_dim=16), {"q_proj", "o_proj", "gate_proj", "down_proj"}),
-    "gemma2": (Gemma2Config(**SMALL, head_dim=16), {"q_proj", "o_proj", "gate_proj", "down_proj"}),
+    "llama": (LlamaConfig(**SMALL), GATED),
+    "llama-bias": (LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), GATED),
+    "qwen3": (Qwen3Config(**SMALL, head_dim=16), GATED),
+    "gemma2": (Gemma2Config(**SMALL, head_dim=16), GATED),
     "phi": (PhiConfig(**{**SMALL, "num_key_value_heads": 4}), {"q_proj"}),  # one norm feeds attention and MLP
     "opt": (
         OPTConfig(
