@@ -267,14 +267,15 @@ async def test_overload_is_a_429_that_says_when_to_come_back_and_ctrl_c_leaves_n
         assert server.process.returncode == 0
 
 
-async def test_sigterm_lets_an_open_answer_finish_and_takes_no_new_one() -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_lets_an_open_answer_finish_and_takes_no_new_one(how: signal.Signals) -> None:
     body = {"model": "storyteller", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with Halftone("builtin:storyteller", "--recipe", "bf16") as server:
         async with httpx.AsyncClient(timeout=120) as client:
             async with client.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
                 lines = answer.aiter_lines()
                 await anext(lines)
-                stopped = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
+                stopped = asyncio.create_task(asyncio.to_thread(server.stop, how))
                 rest = [line async for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert await stopped == []
