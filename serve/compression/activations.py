@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from serve.compression.compress import Activations
 from serve.compression.method import InputStatistics, Need
+from serve.compression.methods.structured import block_influence
 from serve.compression.skeleton import Skeleton
 from serve.errors import CalibrationError
 
@@ -36,7 +37,7 @@ class BlockActivations(Activations):
     def __init__(self, skeleton: Skeleton, samples: Sequence[Sequence[int]], device: torch.device) -> None:
         if not any(len(sample) for sample in samples):
             raise CalibrationError("calibration: the text holds no token")
-        self._skeleton = skeleton
+        self._skeleton, self.device = skeleton, device
         self._batches = _batches(samples, device)
         self._states: list[Tensor] | None = None  # None: in front of the first block
         self._returns_tuple = False
@@ -82,26 +83,36 @@ class BlockActivations(Activations):
 
     def advance(self, block: str) -> None:
         """Run the block as it now is and keep its outputs as the next block's inputs."""
-        states = []
+        self._advance(block, lambda before, after: None)
+
+    def influence(self, block: str) -> float:
+        """Advance, and say how far the block turned what passed through it: mean 1 - cos(before, after) over tokens."""
+        angles: list[Tensor] = []
+        self._advance(block, lambda before, after: angles.append(block_influence(before, after)))
+        return torch.cat(angles).mean().item()
+
+    def _advance(self, block: str, observe: Callable[[Tensor, Tensor], None]) -> None:
+        states: list[Tensor] = []
         for index in range(len(self._batches)):
-            output = self._run(block, index)
+            before, output = self._run(block, index) or _unreached(block)
             self._returns_tuple = isinstance(output, tuple)
             states.append(output[0] if isinstance(output, tuple) else output)
+            observe(before, states[index])
             if self._states is not None:
                 self._states[index] = states[index]  # the old ones are not needed, and take as much memory
         self._states = states
 
     @torch.no_grad()
-    def _run(self, block: str, index: int) -> Any:
-        """The block's output on one batch, or None where a watcher had seen enough."""
-        output: list[Any] = []
+    def _run(self, block: str, index: int) -> tuple[Tensor, Any] | None:
+        """What enters and what leaves the block on one batch, or None where a watcher had seen enough."""
+        result: list[tuple[Tensor, Any]] = []
 
         def skip(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             return (hidden_states,) if self._returns_tuple else hidden_states
 
         def run(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             states = hidden_states if self._states is None else self._states[index]
-            output.append(real(states, *args, **kwargs))
+            result.append((states, real(states, *args, **kwargs)))
             raise _Reached
 
         blocks = self._skeleton.blocks
@@ -111,8 +122,8 @@ class BlockActivations(Activations):
             try:
                 self._skeleton.model(input_ids=self._batches[index], use_cache=False)
             except _Reached:
-                return output[0] if output else None
-        raise AssertionError(f"{block} was never called")
+                return result[0] if result else None
+        return _unreached(block)
 
     @contextmanager
     def _watched(self, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -161,6 +172,10 @@ class InputMeter:
             gram += gram.triu(1).t()
         mean_abs, mean_square = self._sums[0] / self.tokens, self._sums[1] / self.tokens
         return InputStatistics(self.tokens, mean_abs, self._sums[2], mean_square, gram)
+
+
+def _unreached(block: str) -> NoReturn:
+    raise AssertionError(f"{block} was never run to its end")
 
 
 def _batches(samples: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from serve.compression.checkpoints import Weights
 from serve.compression.formats.linear import CompressedLinear
 from serve.compression.memory import release
 from serve.compression.method import Group, InputStatistics, Need, Projection
@@ -27,7 +26,7 @@ from serve.compression.restore import REST, finish_rest, move_buffers, restore_p
 from serve.compression.skeleton import Skeleton, set_module, set_tensor, weight_of
 from serve.errors import CompressionError
 
-__all__ = ["Activations", "Progress", "Sink", "compress", "silent"]
+__all__ = ["Activations", "Progress", "Reader", "Sink", "compress", "silent"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, of how much)."""
@@ -45,6 +44,15 @@ class Sink(Protocol):
         ...
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class Reader(Protocol):
+    """Gives the values of the model's parameters by name. `tied` maps a parameter to the one whose values it shares."""
+
+    tied: dict[str, str]
+    unused_keys: tuple[str, ...]
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class Activations(Protocol):
@@ -66,7 +74,7 @@ class Activations(Protocol):
 @torch.no_grad()
 def compress(
     skeleton: Skeleton,
-    weights: Weights,
+    weights: Reader,
     plan: Plan,
     *,
     activations: Activations | None = None,
@@ -99,7 +107,7 @@ class _Job:
     """What the steps below share, and the only place where the model changes."""
 
     skeleton: Skeleton
-    weights: Weights
+    weights: Reader
     plan: Plan
     sink: Sink | None
     finished: dict[str, Tensor] = field(default_factory=dict)  # plain tensors that the sink has not seen yet

@@ -25,14 +25,15 @@ from serve.compression.activations import BlockActivations
 from serve.compression.artifact import Artifact, Store
 from serve.compression.calibration import Calibration, bundled
 from serve.compression.checkpoints import Checkpoint, Source, Weights
-from serve.compression.compress import Progress, Sink, compress, silent
+from serve.compression.compress import Progress, Reader, Sink, compress, silent
 from serve.compression.foreign import ForeignParts, stored_recipe
 from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
 from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.compression.restore import restore
-from serve.compression.skeleton import DTYPES, build
+from serve.compression.skeleton import DTYPES, Skeleton, build
+from serve.compression.structure import cut, cut_config
 from serve.errors import ArtifactError, CheckpointError, RecipeError, UnsupportedHardware
 
 __all__ = ["Loader", "context_length"]
@@ -68,6 +69,7 @@ class Loader:
             self.fingerprint = made_by_us.fingerprint if made_by_us else _fingerprint(self.facts)
             self.tokenizer = _tokenizer(self.source)
         self.report: LoadReport | None = None
+        self._calibration_tokens = 0
 
     @classmethod
     @contextmanager
@@ -123,11 +125,10 @@ class Loader:
     def compress(self, sink: Sink | None) -> LoadReport:
         """Read the checkpoint and apply the recipe."""
         with self.timed("compress"):
-            weights = Weights(Checkpoint.open(self.source), self.skeleton.model)
-            activations = self._activations()
+            weights = self._weights()
+            activations = self._activations(self.skeleton) if _calibrates_layers(self.recipe) else None
             compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
-        tokens = activations.tokens if activations is not None else 0
-        return self._account(calibration_tokens=tokens, unused_keys=weights.unused_keys)
+        return self._account(calibration_tokens=self._calibration_tokens, unused_keys=weights.unused_keys)
 
     def import_foreign(self, foreign: ForeignParts) -> LoadReport:
         """Read what another program compressed."""
@@ -176,16 +177,31 @@ class Loader:
             return replace(recipe, skip=self.foreign.dense)
         else:
             recipe = asked
-        self.skeleton = build(self.source.config, DTYPES[recipe.dtype])
+        self.skeleton = self._build(recipe)
         return recipe
 
-    def _activations(self) -> BlockActivations | None:
-        """The calibration text in front of the first block, for recipes that want it."""
-        if self.calibration is None:
-            return None
+    def _build(self, recipe: Recipe) -> Skeleton:
+        """The empty model, of the size that the recipe cuts it to."""
+        config = self.source.config
+        return build(cut_config(config, recipe.structure) if recipe.structure else config, DTYPES[recipe.dtype])
+
+    def _weights(self) -> Reader:
+        """The checkpoint as the empty model names its tensors; cut first, where the recipe says so."""
+        checkpoint = Checkpoint.open(self.source)
+        if self.recipe.structure is None:
+            return Weights(checkpoint, self.skeleton.model)
+        whole = build(self.source.config, DTYPES[self.recipe.dtype])
+        weights = Weights(checkpoint, whole.model)
+        return cut(whole, weights, self.recipe.structure, self._activations(whole), self.progress)
+
+    def _activations(self, skeleton: Skeleton) -> BlockActivations:
+        """The calibration text in front of the first block."""
+        assert self.calibration is not None
         context_tokens = context_length(self.source.config, self.tokenizer)
         samples = self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
-        return BlockActivations(self.skeleton, samples, self.plan.device)
+        activations = BlockActivations(skeleton, samples, self.plan.device)
+        self._calibration_tokens = activations.tokens
+        return activations
 
     def _hit(self, store: Store) -> bool:
         """Map from the store; what turns out to be damaged is thrown away and the model built anew."""
@@ -194,7 +210,7 @@ class Loader:
         except ArtifactError as error:
             _log.warning("%s; making it anew", error)
             store.discard(self.fingerprint)
-            self.skeleton = build(self.source.config, DTYPES[self.recipe.dtype])
+            self.skeleton = self._build(self.recipe)
             return False
         return True
 
@@ -232,6 +248,11 @@ def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
         if isinstance(length := getattr(text, name, None), int):
             return length
     return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1 << 24 else 2048
+
+
+def _calibrates_layers(recipe: Recipe) -> bool:
+    """Whether text is needed once more after a cut."""
+    return any(stage.needs_calibration for stage in recipe.work if stage.kind != "structure")
 
 
 def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:

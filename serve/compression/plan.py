@@ -49,7 +49,7 @@ class Plan:
         check_dtype(DTYPES[recipe.dtype], device)
         self.recipe, self.device = recipe, device
         self._default = self._treat(recipe)
-        self._overrides = [(pattern, self._treat(Recipe.parse(target))) for pattern, target in recipe.overrides]
+        self._overrides = [(pattern, self._override(pattern, target)) for pattern, target in recipe.overrides]
         # Chosen for its accuracy, which 16-bit logits would spoil: see formats/head.py.
         self.float32_head = isinstance(recipe.quantizer, Int8Weight) and recipe.dtype != "fp32"
         self.head = self._check(methods.quantizer(Int8())) if recipe.lm_head == "int8" else None
@@ -60,10 +60,13 @@ class Plan:
             return Treatment()
         return next((found for pattern, found in self._overrides if fnmatchcase(name, pattern)), self._default)
 
+    def _override(self, pattern: str, target: str) -> Treatment:
+        recipe = Recipe.parse(target)
+        if recipe.structure is not None:
+            raise RecipeError(f"recipe: overrides.{pattern}: {recipe.structure.name} cuts the whole model or nothing")
+        return self._treat(recipe)
+
     def _treat(self, recipe: Recipe) -> Treatment:
-        for stage in recipe.work:
-            if stage.kind == "structure":
-                raise RecipeError(f"recipe: {stage.name} cannot be applied while loading by this version")
         pruners = tuple(methods.pruner(stage) for stage in recipe.work if stage.kind == "prune")
         quantizer = self._check(methods.quantizer(recipe.quantizer)) if recipe.quantizer else None
         return Treatment(pruners, quantizer)

@@ -86,6 +86,11 @@ class Recipe:
         return next((s for s in self.stages if s.kind == "quantize"), None)
 
     @property
+    def structure(self) -> Structure | None:
+        """The stage that cuts the model smaller before all others."""
+        return next((s for s in self.stages if isinstance(s, Structure)), None)
+
+    @property
     def work(self) -> tuple[Stage, ...]:
         """The stages that change anything: all but the floating type."""
         return tuple(s for s in self.stages if s.kind != "dense")

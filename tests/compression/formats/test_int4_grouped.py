@@ -21,7 +21,8 @@ def _weight(
     generator = torch.Generator().manual_seed(rows + columns * 7 + grid.bits)
     groups = grid.groups(columns)
     codes = torch.randint(0, grid.levels, (rows, columns), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(groups, rows, generator=generator) + 0.1).to(dtype)
+    sign = torch.where(torch.rand(groups, rows, generator=generator) < 0.5, -1.0, 1.0)  # symmetric grids use both
+    scales = (sign * (torch.rand(groups, rows, generator=generator) + 0.1)).to(dtype)
     zeros = torch.randint(0, grid.levels, (groups, rows), dtype=torch.uint8, generator=generator)
     permutation = torch.randperm(columns, generator=generator) if reordered else None
     return GroupedWeight(grid, codes, scales, None if grid.symmetric else zeros, permutation)
