@@ -26,9 +26,7 @@ Process = Literal["poisson", "constant", "bursty", "trace"]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Leaves `at_s` seconds after the start; a trace may also say how long prompt and answer are, in
-    tokens.
-    """
+    """Leaves `at_s` seconds after the start; a trace may also say how long prompt and answer are, in tokens."""
 
     index: int
     at_s: float

@@ -188,7 +188,7 @@ def _measure(settings: Any, raw: Path | None, quiet: bool) -> dict[str, Any]:
         return await run.measure()
 
     with ExitStack() as stack:
-        lines = stack.enter_context(raw.open("w")) if raw is not None else None
+        lines = stack.enter_context(raw.open("w", buffering=1)) if raw is not None else None
         watcher = Silence() if quiet else stack.enter_context(Progress(Console(stderr=True)))
         return asyncio.run(measure(Run(settings, watcher, lines)))
 

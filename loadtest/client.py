@@ -95,9 +95,7 @@ class Client:
         self._idle: deque[_Connection] = deque()
 
     async def post(self, body: bytes, request_id: str) -> Exchange:
-        """Never raises for a failing server: the exchange then says what failed. Cancelling it marks it
-        interrupted.
-        """
+        """Never raises for a failing server: the exchange says what failed. Cancelling it marks it interrupted."""
         exchange = Exchange(started_s=time.monotonic())
         connection: _Connection | None = None
         try:

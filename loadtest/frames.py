@@ -43,7 +43,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Worker -> parent, every second: how much it sent and how well it kept up.
+    """Worker -> parent, now and then: how much it sent and how well it kept up.
 
     `lags_s` are delays of a timer in the worker's event loop; an arriving byte waits as long before it is
     stamped.

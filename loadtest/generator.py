@@ -88,9 +88,7 @@ class _Due:
 
 
 class Generator:
-    """One process's share of one stage. `emit` gets every request exactly once, finished, failed or
-    interrupted.
-    """
+    """One process's share of one stage. `emit` gets every request exactly once, finished, failed or interrupted."""
 
     def __init__(self, assignment: Assignment, emit: Callable[[Capture], None]) -> None:
         settings = assignment.settings
@@ -113,9 +111,7 @@ class Generator:
         self._cpu_mark = (0.0, 0.0)
 
     async def run(self, origin_s: float) -> None:
-        """Returns once all is sent and answered, or `stop` was called and everything in flight was handed
-        over.
-        """
+        """Returns once all is sent and answered, or stopped; everything in flight was handed over then."""
         self._origin_s = origin_s
         self._cpu_mark = (time.process_time(), time.monotonic())
         ticker = asyncio.create_task(self._tick())
@@ -188,9 +184,7 @@ class Generator:
     # one conversation
 
     async def _converse(self, conversation: Conversation, due: _Due) -> str | None:
-        """Plays all turns; each later turn is due when the answer before it is there and the think time is
-        over.
-        """
+        """Plays all turns; a later turn is due when the answer before it is there and the think time is over."""
         answers: list[str] = []
         while True:
             capture = await self._request(self._workload.body(conversation, answers), due)

@@ -122,9 +122,7 @@ class Record:
 
 
 def read(capture: Capture, origin_s: float) -> Record:
-    """Interprets what arrived; an answer that makes no sense becomes an error of the record, never an
-    exception.
-    """
+    """Interprets what arrived; an answer that makes no sense becomes an error of the record, never an exception."""
     exchange = capture.exchange
     answer = _Answer()
     failure = (exchange.error_kind, exchange.error_detail)
@@ -229,9 +227,7 @@ def _read_plain(exchange: Exchange, answer: _Answer) -> None:
 
 
 def _read_choices(reply: dict[str, Any], part: str, answer: _Answer) -> str:
-    """The text of all choices, whatever the server calls it: text, content, reasoning, arguments of a
-    tool.
-    """
+    """The text of all choices, whatever the server calls it: text, content, reasoning, arguments of a tool."""
     texts = []
     try:
         for choice in reply.get("choices") or ():

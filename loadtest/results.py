@@ -25,9 +25,7 @@ _SECRET_OPTIONS = ("--header",)
 
 
 def envelope(kind: str, body: Json, packages: Iterable[str] = ()) -> Json:
-    """`body` under a head that says what it is and how it came to be; `packages` are named with their
-    versions.
-    """
+    """`body` under a head that says what it is and how it came to be; `packages` are named with their versions."""
     head: Json = {
         "kind": f"loadtest.{kind}",
         "schema": SCHEMA,
@@ -55,9 +53,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def machine() -> Json:
-    """The machine the measurement ran *on*: for a remote server that is the client's machine, not the
-    server's.
-    """
+    """The machine the measurement ran *on*: for a remote server that is the client's machine, not the server's."""
     return {
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),

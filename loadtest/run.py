@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
 from loadtest import server_metrics, sweep
+from loadtest.arrivals import read_trace
 from loadtest.errors import InputError
 from loadtest.fleet import Fleet
 from loadtest.frames import Health
 from loadtest.generator import NOBODY_THERE, target_of
+from loadtest.notes import notes
 from loadtest.record import Record
 from loadtest.results import Json
 from loadtest.selfcheck import SelfCheck
@@ -54,6 +56,8 @@ class Run:
         self._raw = raw
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         self._prompt_count = len(read_prompts(settings.prompts)) if settings.prompts else None
+        if settings.trace is not None:
+            read_trace(settings.trace)  # what cannot be read is said before anything is sent
         self._tls = target_of(settings).tls
         self._stop = asyncio.Event()
         self._stages: list[Stage] = []
@@ -95,9 +99,7 @@ class Run:
             tried.append((rate_per_s, sweep.meets(summaries[-1]["overall"], self._settings.goodput_target)))
 
     def _following(self, load: Load) -> Load:
-        """Numbers go on from stage to stage, so that no prompt comes twice and a prefix cache does not
-        help.
-        """
+        """Numbers go on from stage to stage, so that no prompt comes twice and a prefix cache does not help."""
         used = max((record.index + 1 for stage in self._stages for record in stage.records), default=0)
         return replace(load, first_index=used)
 
@@ -156,15 +158,16 @@ class Run:
 
     def _summarise(self, stage: Stage) -> Json:
         window = window_of(stage.load, stage.records)
+        generator = stage.check.verdict(stage.records, self._settings.max_in_flight)
         return {
             "offered": stage.load.describe(),
             "origin_monotonic_s": stage.origin_s,
             **summarise(stage.records, window, self._settings),
             "coordinated_omission": coordinated_omission(stage.records, stage.load),
-            "generator": stage.check.verdict(stage.records, self._settings.max_in_flight),
+            "generator": generator,
             "server_metrics": stage.server,
             "timeline": _timeline(stage, window),
-            "notes": self._notes(stage),
+            "notes": [*stage.problems, *notes(stage.records, self._status, generator, self._prompt_count)],
         }
 
     def _result(self, summaries: list[Json]) -> Json:
@@ -211,38 +214,6 @@ class Run:
             "met": sweep.meets(summary["overall"], target),
             "is_sure": interval is not None and not interval[0] < target <= interval[1],
         }
-
-    def _notes(self, stage: Stage) -> list[str]:
-        """What a reader must know before believing the numbers."""
-        records = stage.records
-        notes = list(stage.problems)
-        notes += [f"the generator was the bottleneck: {reason}" for reason in self._reasons(stage)]
-        if self._status == "aborted":
-            notes.append(f"gave up: the first {GIVE_UP_AFTER} requests all failed: {records[0].error_detail}")
-        if self._status == "interrupted":
-            waiting = sum(record.interrupted for record in records)
-            notes.append(f"stopped early; {waiting} requests were in flight and are not judged")
-        if all(record.warmup for record in records):
-            notes.append(f"nothing was measured: {len(records)} requests were warm-up and none came after")
-        done = [record for record in records if record.ok]
-        uncounted = sum(record.usage_tokens is None for record in done)
-        if uncounted:
-            notes.append(f"{uncounted} answers came without usage; their tokens were counted from text or chunks")
-        if self._prompt_count and len(records) > self._prompt_count:
-            notes.append(f"{len(records)} requests of {self._prompt_count} prompts: repeats may hit a prefix cache")
-        notes += self._chunk_note(done)
-        return notes
-
-    def _reasons(self, stage: Stage) -> list[str]:
-        return list(stage.check.verdict(stage.records, self._settings.max_in_flight)["reasons"])
-
-    def _chunk_note(self, done: list[Record]) -> list[str]:
-        tokens = sum(record.tokens for record in done if record.chunks_s)
-        chunks = sum(len(record.chunks_s) for record in done)
-        if not chunks or tokens / chunks < 1.1:
-            return []
-        each = f"a chunk carried {tokens / chunks:.2f} tokens"
-        return [f"{each}; itl_s is the gap between chunks, tpot_s the time per token"]
 
 
 def _found(summaries: list[Json], position: int | None) -> Json | None:

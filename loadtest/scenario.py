@@ -24,9 +24,7 @@ ALTERNATIVES = (("concurrency", "rate", "trace"), ("num_requests", "duration"))
 
 
 def read_scenario(path: Path) -> dict[str, Any]:
-    """The settings of a scenario; InputError where it is no mapping. Its keys are checked with the other
-    settings.
-    """
+    """The settings of a scenario; InputError where it is no mapping. Its keys are checked with the other settings."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -15,7 +15,7 @@ from loadtest.statistics import Samples, describe
 # Beyond these the p99 of a latency of tens of milliseconds would be the generator's own.
 LAG_P99_LIMIT_S = 0.005
 CPU_RATIO_LIMIT = 0.9
-SHORTEST_SPAN_S = 0.5
+SHORTEST_SPAN_S = 0.4
 
 
 class SelfCheck:
@@ -33,7 +33,7 @@ class SelfCheck:
         """`{"was_bottleneck", "reasons", "loop_lag_s", "cpu_ratio", "processes"}`.
 
         `loop_lag_s` is how late the event loop came to its timers, and so to arriving bytes: the error to
-        expect in a latency. `cpu_ratio` is of the busiest process, in its busiest second.
+        expect in a latency. `cpu_ratio` is of the busiest process, in its busiest half second.
         """
         lag = describe(Samples.of(self._lags_s))
         del lag["histogram"], lag["intervals"]

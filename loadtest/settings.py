@@ -31,9 +31,7 @@ def seconds(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """YAML reads `rate: 4` as a number and `rate: [1, 2]` as a list; both are written as on the command
-    line.
-    """
+    """YAML reads `rate: 4` as a number and `rate: [1, 2]` as a list; both are written as on the command line."""
     if isinstance(value, (list, tuple)):
         return ",".join(str(item) for item in value)
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -149,6 +147,8 @@ class Settings(BaseModel):
     def _check(self) -> Self:
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ValueError("url: write http://HOST:PORT or https://HOST:PORT")
+        if "@" in urlsplit(self.url).netloc:
+            raise ValueError("url: credentials do not belong there; use api_key_env or a header")
         unknown = sorted(set(self.slo) - set(METRICS_WITH_LIMITS))
         if unknown:
             raise ValueError(f"slo: no metric {', '.join(unknown)}; allowed are {', '.join(METRICS_WITH_LIMITS)}")
@@ -162,8 +162,8 @@ class Settings(BaseModel):
         if len(ways) != 1:
             given = " and ".join(ways) or "none of them"
             raise ValueError(f"give one of concurrency (closed loop), rate or trace (open loop), not {given}")
-        if (self.arrivals == "trace") != (self.trace is not None):
-            raise ValueError("arrivals: trace and the file trace go together")
+        if self.arrivals == "trace" and self.trace is None:
+            raise ValueError("arrivals: trace needs the file trace")
         if self.num_requests is not None and self.duration is not None:
             raise ValueError("give num_requests or duration, not both")
         if self.num_requests is None and self.duration is None and self.trace is None:

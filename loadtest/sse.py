@@ -22,9 +22,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """`events`; the `tail` of an event that its blank line never ended; how many lines were no field at
-    all.
-    """
+    """`events`; the `tail` of an event that its blank line never ended; how many lines were no field at all."""
 
     events: list[Event]
     tail: bytes

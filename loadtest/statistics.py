@@ -114,9 +114,7 @@ def intervals(samples: Samples, seed: int = 0) -> dict[str, Interval | None]:
 
 
 def _resample(values: Floats, blocks: NDArray[np.int64], count: int, rng: np.random.Generator) -> Floats:
-    """Mean and percentiles of resamples `[resamples, 1 + percentiles]`; drawing a block draws all its
-    values.
-    """
+    """Mean and percentiles of resamples `[resamples, 1 + percentiles]`; drawing a block draws all its values."""
     order = np.argsort(values, kind="stable")
     values, blocks = values[order], blocks[order]
     resamples = int(np.clip(_WORK // values.size, 100, 500))
@@ -138,9 +136,7 @@ def mean_interval(values: Floats, seed: int = 0) -> Interval | None:
 
 
 def wilson(successes: int, trials: int) -> Interval | None:
-    """Wilson's score interval of a share (1927): sensible at 0 and at 1, where a bootstrap promises
-    certainty.
-    """
+    """Wilson's score interval of a share (1927): sensible at 0 and at 1, where a bootstrap promises certainty."""
     if trials == 0:
         return None
     z = 1.959964

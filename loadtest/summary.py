@@ -61,9 +61,7 @@ def window_of(load: Load, records: Sequence[Record]) -> Window:
 
 
 def is_good(record: Record, slo: dict[str, float]) -> bool:
-    """Whether a request succeeded within every limit. A gap (itl_s) longer than its limit spoils its
-    request.
-    """
+    """Whether a request succeeded within every limit. A gap (itl_s) longer than its limit spoils its request."""
     return record.ok and all(value <= slo[name] for name, value in _limited(record).items() if name in slo)
 
 

@@ -13,7 +13,7 @@ from loadtest.event_loop import new_event_loop, raise_descriptor_limit
 from loadtest.frames import Assignment, Failed, Finished, Ready, Start, Stop, pack, unpack
 from loadtest.generator import Generator
 
-HEALTH_EVERY_S = 1.0
+HEALTH_EVERY_S = 0.5
 
 
 def main() -> None:

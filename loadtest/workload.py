@@ -36,9 +36,7 @@ test movie north love step field sea plant
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One arrival's worth: the user's `turns`, sent one after another, each with its limit of answer
-    tokens.
-    """
+    """One arrival's worth: the user's `turns`, sent one after another, each with its limit of answer tokens."""
 
     system: str | None
     turns: tuple[str, ...]
@@ -108,9 +106,7 @@ class Workload:
 
 
 def read_prompts(path: Path) -> list[tuple[str, ...]]:
-    """JSON lines with `text`, `prompt` or `turns` (a list); InputError names the line that has none of
-    them.
-    """
+    """JSON lines with `text`, `prompt` or `turns` (a list); InputError names the line that has none of them."""
     prompts: list[tuple[str, ...]] = []
     try:
         with path.open() as lines:

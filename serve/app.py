@@ -182,6 +182,7 @@ _deployment: Callable[..., Any] = partial(
     health_check_period_s=5.0,
     health_check_timeout_s=30.0,
     graceful_shutdown_wait_loop_s=0.5,
+    logging_config={"enable_access_log": False},
     graceful_shutdown_timeout_s=_LONGEST_STREAM_S,
 )
 _controller = _deployment(

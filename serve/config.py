@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from serve.api import ApiSettings, Keys, Limits
 from serve.api.settings import StickySource
+from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
 from serve.engine.settings import EngineSettings
 from serve.errors import ConfigError, HalftoneError
@@ -100,6 +101,16 @@ def _engine(value: object) -> EngineSettings:
     return EngineSettings(**_known_keys(value, EngineSettings))
 
 
+def _calibration(value: object) -> Calibration:
+    given = _known_keys(value, Calibration)
+    if not isinstance(given.get("file"), str):
+        raise ConfigError("file", "must name the text to calibrate on")
+    for key in ("num_samples", "max_tokens", "seed"):
+        if key in given and (isinstance(given[key], bool) or not isinstance(given[key], int)):
+            raise ConfigError(key, f"must be a whole number, got {given[key]!r}")
+    return Calibration(**{**given, "file": Path(given["file"]).expanduser().resolve()})
+
+
 def _limits(value: object) -> Limits:
     given = _known_keys(value, Limits)
     for key, number in given.items():
@@ -140,11 +151,12 @@ class _VariantEntry(_Section):
     num_cpus: Annotated[float | None, BeforeValidator(_auto), Field(ge=0)] = None
     num_gpus: Annotated[float | None, BeforeValidator(_auto), Field(ge=0)] = None
     engine: Annotated[EngineSettings, _owned(_engine)] = EngineSettings()
+    calibration: Annotated[Calibration | None, _owned(_calibration)] = None
 
     def build(self, model: _Model) -> Variant:
         resources = Resources(self.replicas, self.num_cpus, self.num_gpus)
         source = _located(self.source or model.source)
-        return Variant(self.name, source, self.recipe, self.device, self.engine, resources)
+        return Variant(self.name, source, self.recipe, self.device, self.engine, resources, self.calibration)
 
 
 class _Traffic(_Section):

@@ -168,11 +168,19 @@ class Replica:
         self._progress("import", 0, 1)
         import torch
 
+        from serve.compression.artifact import default_root
         from serve.loading import load
 
         if threads := self._variant.engine.threads:
             torch.set_num_threads(threads)
-        loaded = load(self._variant.source, self._variant.recipe, device=self._variant.device, progress=self._progress)
+        loaded = load(
+            self._variant.source,
+            self._variant.recipe,
+            device=self._variant.device,
+            calibration=self._variant.calibration,
+            artifacts=default_root(),
+            progress=self._progress,
+        )
         return _Serving.of(loaded, self._variant, self._on_step)
 
     def _progress(self, stage: str, done: int, total: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
 from serve.engine.settings import EngineSettings
 
@@ -37,6 +38,7 @@ class Variant:
     device: str = "auto"
     engine: EngineSettings = field(default_factory=EngineSettings)
     resources: Resources = field(default_factory=Resources)
+    calibration: Calibration | None = None
 
     @property
     def precision(self) -> str:

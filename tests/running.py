@@ -82,10 +82,16 @@ class Halftone:
         return found[0]
 
     def stop(self, how: signal.Signals = signal.SIGINT, timeout_s: float = 60.0) -> list[psutil.Process]:
-        """End it as a terminal would; what is still alive of its family afterwards."""
+        """End it as a terminal (SIGINT, to the whole process group) or a supervisor (SIGTERM, to it alone) would.
+
+        Returns what is still alive of its family afterwards.
+        """
         family = self.family()
         if self.process.poll() is None:
-            self.process.send_signal(how)
+            if how == signal.SIGINT:
+                os.killpg(self.process.pid, how)
+            else:
+                self.process.send_signal(how)
         try:
             self.process.wait(timeout_s)
         finally:

@@ -144,3 +144,15 @@ _json = st.recursive(
 def test_no_document_whatever_raises_anything_but_a_setup_error(value: Any) -> None:
     with suppress(SetupError):
         parse_config(value)
+
+
+def test_calibration_names_its_text_and_fails_by_its_path(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a story"}')
+    gptq = {"name": "gptq4", "recipe": "gptq4", "calibration": {"file": str(text), "num_samples": 7}}
+    calibration = parse_config(document(variants=[gptq])).variants[0].calibration
+    assert calibration is not None
+    assert (calibration.file, calibration.num_samples) == (text, 7)
+    for wrong in ({}, {"file": 3}, {"file": "a", "samples": 4}, {"file": "a", "num_samples": 0}):
+        with pytest.raises(ConfigError, match=r"variants\[0\]\.calibration"):
+            parse_config(document(variants=[{**gptq, "calibration": wrong}]))

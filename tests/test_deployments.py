@@ -36,7 +36,7 @@ def test_what_is_deployed_on_a_cluster_is_what_runs_locally() -> None:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`serve run` of the file, on a free port, with one narrow variant instead of three."""
+    """`serve run` of the file, on a free port, with one narrow variant instead of all."""
     document = yaml.safe_load(FILE.read_text())
     port = document["http_options"]["port"] = free_port()
     narrow = {"name": "a", "recipe": "int8", "engine": {"max_num_seqs": 1, "max_queue": 1}}

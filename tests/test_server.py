@@ -216,6 +216,40 @@ def test_a_replica_that_dies_mid_stream_ends_its_streams_with_an_error_and_comes
     )
 
 
+def test_a_controller_that_dies_takes_neither_requests_nor_the_split_with_it(server: Halftone) -> None:
+    weights = {"fp32": 100, "int8": 0, "broken": 0}
+    assert httpx.put(f"{server.url}/admin/traffic", json={"weights": weights}).status_code == 200
+    server.wait_until(lambda: server.metric("traffic_weight_ratio", variant="fp32") == 1)
+    server.worker("controller").kill()
+    body = {"model": "storyteller", "prompt": "Once", "max_tokens": 2}
+    for _ in range(5):
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+        assert (answer.status_code, answer.headers["x-halftone-variant"]) == (200, "fp32")
+    server.wait_until(lambda: httpx.get(f"{server.url}/admin/variants", timeout=10).status_code == 200, timeout_s=60)
+    server.wait_until(lambda: _weights(server) == weights, timeout_s=30)
+    assert httpx.post(f"{server.url}/v1/completions", json=body).headers["x-halftone-variant"] == "fp32"
+
+
+def _weights(server: Halftone) -> dict[str, float]:
+    answer = httpx.get(f"{server.url}/admin/variants", timeout=10)
+    return {row["name"]: row["weight"] for row in answer.json()["variants"]} if answer.status_code == 200 else {}
+
+
+def test_an_ingress_that_dies_comes_back_on_its_port_and_no_counter_falls(server: Halftone) -> None:
+    made = server.metric("generation_tokens_total", variant="fp32")
+    assert made > 0
+    server.worker("ingress").kill()
+    server.wait_until(lambda: _is_ready(server), timeout_s=90)
+    assert server.metric("generation_tokens_total", variant="fp32") >= made
+
+
+def _is_ready(server: Halftone) -> bool:
+    try:
+        return httpx.get(f"{server.url}/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_a_configuration_that_is_wrong_is_one_line(tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text('model: {name: x, source: "builtin:storyteller"}\nvariants: [{name: a, recipe: int9}]\n')
@@ -267,14 +301,15 @@ async def test_overload_is_a_429_that_says_when_to_come_back_and_ctrl_c_leaves_n
         assert server.process.returncode == 0
 
 
-async def test_sigterm_lets_an_open_answer_finish_and_takes_no_new_one() -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_lets_an_open_answer_finish_and_takes_no_new_one(how: signal.Signals) -> None:
     body = {"model": "storyteller", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with Halftone("builtin:storyteller", "--recipe", "bf16") as server:
         async with httpx.AsyncClient(timeout=120) as client:
             async with client.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
                 lines = answer.aiter_lines()
                 await anext(lines)
-                stopped = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
+                stopped = asyncio.create_task(asyncio.to_thread(server.stop, how))
                 rest = [line async for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert await stopped == []

@@ -1,6 +1,6 @@
 """Turns a story into a chat: a request that the story happens to fulfil, then the story as the answer.
 
-Requests name what the story really holds (a character, things from `NOUNS`), so a model trained on them
+Requests name what the story really begins with (a character, things from `NOUNS`), so a model trained on them
 learns to listen.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["Message", "compose_dialogue"]
+__all__ = ["Message", "compose_dialogue", "opening"]
 
 Message = dict[str, str]
 
@@ -67,6 +67,7 @@ SYSTEMS = (
 )
 
 _NAMED = re.compile(r"\bnamed ([A-Z][a-z]+)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 _INSIDE_NAME = re.compile(r"[a-z,] ([A-Z][a-z]{2,})\b")
 
 
@@ -94,6 +95,11 @@ def compose_request(story: str, generator: random.Random) -> str:
     return generator.choice(WITH_TOPIC).format(topic=topic)
 
 
+def opening(story: str) -> str:
+    """The first two sentences, where a story says what it is about."""
+    return " ".join(_SENTENCE_END.split(story)[:2])
+
+
 def story_nouns(story: str) -> list[str]:
     """Known nouns of the story, the most frequent first."""
     counts = Counter(word for word in re.findall(r"[a-z]+", story.lower()) if word in NOUNS)
@@ -109,7 +115,9 @@ def story_name(story: str) -> str | None:
 
 
 def _choose_topic(story: str, generator: random.Random) -> str | None:
-    nouns, name = story_nouns(story)[:4], story_name(story)
+    early = set(story_nouns(opening(story)))
+    nouns = [noun for noun in story_nouns(story) if noun in early][:4]
+    name = story_name(story)
     things = [_with_article(noun) for noun in nouns[: generator.choice((1, 1, 2, 2, 3))]]
     generator.shuffle(things)
     if name and generator.random() < 0.3:

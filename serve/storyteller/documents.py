@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .dialogue import compose_dialogue
+from .dialogue import Message, compose_dialogue, opening
 from .teacher import BOS_ID, EOS_ID
 
-__all__ = ["Document", "DocumentMaker", "Window", "pack"]
+__all__ = ["REQUESTS_LATER", "STORIES_FIRST", "Document", "DocumentMaker", "Mix", "Window", "pack"]
 
 IGNORED = -100
 _WORD_END = re.compile(r"(?<=[.!?\"]) |(?<=\w)\b")
@@ -44,31 +44,50 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Which share of the documents becomes what; the rest is plain text."""
+
+    chat: float
+    opening: float  # a chat that breaks off after the first sentences, where heeding the request pays
+    cut: float  # plain text, tokenized in two pieces as a prompt and its continuation are
+
+
+STORIES_FIRST = Mix(chat=0.35, opening=0.0, cut=0.15)
+REQUESTS_LATER = Mix(chat=0.15, opening=0.6, cut=0.07)
+
+
+@dataclass(frozen=True)
 class DocumentMaker:
-    """Decides what becomes of a story: plain text, text cut anywhere as prompts are, or a chat."""
+    """Decides what becomes of a story."""
 
     tokenizer: PreTrainedTokenizerFast
-    chat_ratio: float = 0.35
-    cut_ratio: float = 0.15
+    mix: Mix
 
     def make(self, stories: Sequence[str], teacher_share: float, generator: random.Random) -> Document:
         """From one story, or for a chat of more turns up to all of them."""
         kind = generator.random()
-        if kind < self.chat_ratio:
+        if kind < self.mix.chat:
             turns = generator.choice((1, 1, 1, 1, 2, 3))
-            return self._chat(stories[:turns], generator)
-        if kind < self.chat_ratio + self.cut_ratio:
+            return self._chat(compose_dialogue(stories[:turns], generator))
+        if kind < self.mix.chat + self.mix.opening:
+            return self._opening(stories[0], generator)
+        if kind < self.mix.chat + self.mix.opening + self.mix.cut:
             return self._cut(stories[0], generator)
         return self._plain(self._encode(stories[0]), teacher_share)
 
-    def _chat(self, stories: Sequence[str], generator: random.Random) -> Document:
+    def _chat(self, messages: Sequence[Message]) -> Document:
         ids, learnt = [BOS_ID], [True]
-        for message in compose_dialogue(stories, generator):
+        for message in messages:
             content = self._encode(message["content"])
             answers = message["role"] == "assistant"
             ids += [self._role(message["role"]), *content, *([EOS_ID] if answers else [])]
             learnt += [False] + [answers] * (len(ids) - len(learnt) - 1)
         return Document(ids, learnt, teacher_share=0.0)
+
+    def _opening(self, story: str, generator: random.Random) -> Document:
+        *request, answer = compose_dialogue([story], generator)
+        chat = self._chat([*request, {**answer, "content": opening(story)}])
+        return Document(chat.ids[:-2], chat.learnt[:-2], teacher_share=0.0)  # without EOS, nor the full stop before it
 
     def _cut(self, story: str, generator: random.Random) -> Document:
         """Prompts end anywhere, mostly after a word, also inside what the tokenizer would have merged."""
@@ -99,8 +118,9 @@ def pack(documents: Iterator[Document], length: int, teacher_context: int) -> It
         if document.teacher_share and len(ids) < length:
             read = document.ids[:-1][: min(teacher_context, length - len(ids))]
             judged.append((len(ids), read, document.teacher_share))
+        # Where a document broke off, nothing ended: that another one begins is not learnt.
+        learnt += [not ids or ids[-1] == EOS_ID, *document.learnt[1:]]
         ids += document.ids
-        learnt += document.learnt
         if len(ids) > length:
             targets = torch.tensor(
                 [i if kept else IGNORED for i, kept in zip(ids, learnt, strict=True)][1 : length + 1]

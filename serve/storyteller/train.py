@@ -3,9 +3,9 @@
     python -m serve.storyteller.train --data train.jsonl --sampled sampled.jsonl --teacher TEACHER --out DIR
 
 Some documents are real stories, judged by the teacher and by their own text; the others were sampled from the teacher,
-whose judgement then says all there is to know. A third of both become chats, which are learnt from the text alone,
-since the teacher knows no requests. Windows hold 1024 tokens of packed documents, twice the teacher's context, so every
-position that the model offers has been trained.
+whose judgement then says all there is to know. A third of both become chats, learnt from the text alone, since the
+teacher knows no requests; later, most documents are a request and the opening that answers it. Windows hold 1024 tokens
+of packed documents, twice the teacher's context, so every position that the model offers has been trained.
 
 An interrupted run goes on from `DIR/run.pt` to the same model: each stretch of steps draws its data from its own seed.
 """
@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .documents import Document, DocumentMaker, Window, pack
+from .documents import REQUESTS_LATER, STORIES_FIRST, Document, DocumentMaker, Window, pack
 from .evaluate import bits_per_byte, read_stories
 from .growth import grow, student_config
 from .objective import window_loss
@@ -38,15 +38,16 @@ STRETCH_STEPS = 50
 class Plan:
     """How long and how fast to learn. The learning rate warms up, stays, and falls to zero over the last part."""
 
-    steps: int = 1400
+    steps: int = 700
     windows_per_step: int = 4
     window_tokens: int = 1024
     learning_rate: float = 1e-3
     warmup_steps: int = 40
-    decay_ratio: float = 0.5
+    decay_ratio: float = 0.4
     weight_decay: float = 0.02
     real_ratio: float = 0.6
     real_teacher_share: float = 0.3
+    requests_from_step: int = 450
     seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
@@ -73,7 +74,8 @@ def train(texts: Texts, teacher_folder: Path, out: Path, plan: Plan) -> None:
     first = _resume(out / "run.pt", student, optimizer)
     started = time.monotonic()
     for start in range(first, plan.steps, STRETCH_STEPS):
-        documents = _documents(DocumentMaker(tokenizer), texts, plan, random.Random(f"{plan.seed} {start}"))  # noqa: S311
+        maker = DocumentMaker(tokenizer, STORIES_FIRST if start < plan.requests_from_step else REQUESTS_LATER)
+        documents = _documents(maker, texts, plan, random.Random(f"{plan.seed} {start}"))  # noqa: S311
         windows = pack(documents, plan.window_tokens, teacher.config.max_position_embeddings)
         end = min(start + STRETCH_STEPS, plan.steps)
         for step in range(start, end):

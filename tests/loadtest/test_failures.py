@@ -228,6 +228,7 @@ def children_of(parent):
     [
         (("--rate", "4", "--concurrency", "2", "--duration", "5"), "closed loop"),
         (("--rate", "4", "--duration", "5", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--trace", "nowhere.csv"), "nowhere.csv"),
         (("--rate", "4", "--duration", "5", "--api-key-env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE"),
     ],
 )

@@ -84,6 +84,7 @@ def test_the_command_line_takes_back_alternatives():
         ({"prompt_tokens": "many"}, "length 'many'"),
         ({"rate": "1..2", "duration": None, "num_requests": 3}, "ramp"),
         ({"url": "localhost:8000"}, "url"),
+        ({"url": "http://me:secret@host"}, "api_key_env"),
         ({"slo": {"ttft_s": -1}}, "ttft_s"),
         ({"arrivals": "trace"}, "trace"),
         ({"arrivals": "sometimes"}, "arrivals"),

@@ -54,6 +54,21 @@ def test_a_greedy_story_is_english_and_ends(model: PreTrainedModel, tokenizer: P
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("noun", ["dog", "boat", "cat", "cake", "dragon"])
+def test_an_answer_heeds_the_request(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, noun: str) -> None:
+    """A story that begins with a dog is likelier after asking for a dog than after asking for anything else."""
+    story = tokenizer.encode(f"Once upon a time, there was a little {noun} named", add_special_tokens=False)
+
+    def nats(asked: str) -> float:
+        messages = [{"role": "user", "content": f"Tell me a story about a {asked}."}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        logits = model(torch.tensor([[*prompt, *story]])).logits[0, len(prompt) - 1 : -1]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(story), reduction="sum"))
+
+    assert nats(noun) < min(nats(other) for other in ("tree", "car", "bear", "ball", "train")) - 0.5
+
+
+@torch.inference_mode()
 def test_positions_past_the_teachers_context_are_as_good(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve.storyteller import CALIBRATION, PATH
-from serve.storyteller.documents import IGNORED, Document, DocumentMaker, pack
+from serve.storyteller.documents import IGNORED, Document, DocumentMaker, Mix, pack
 from serve.storyteller.evaluate import read_stories
 from serve.storyteller.teacher import BOS_ID, EOS_ID
 
@@ -23,12 +23,24 @@ def test_documents_spell_their_story(
     tokenizer: PreTrainedTokenizerFast, seed: int, chat_ratio: float, cut_ratio: float
 ) -> None:
     stories = read_stories(CALIBRATION)[:1]
-    maker = DocumentMaker(tokenizer, chat_ratio, cut_ratio)
+    maker = DocumentMaker(tokenizer, Mix(chat=chat_ratio, opening=0.0, cut=cut_ratio))
     document = maker.make(stories, 0.5, random.Random(seed))
     assert (document.ids[0], document.ids[-1], len(document.learnt)) == (BOS_ID, EOS_ID, len(document.ids))
     learnt = [token for token, counts in zip(document.ids, document.learnt, strict=True) if counts]
     assert tokenizer.decode(learnt, skip_special_tokens=True) == stories[0]
     assert document.teacher_share == (0.0 if chat_ratio or cut_ratio else 0.5)
+
+
+def test_openings_break_off_and_do_not_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    story = read_stories(CALIBRATION)[0]
+    maker = DocumentMaker(tokenizer, Mix(chat=0.0, opening=1.0, cut=0.0))
+    document = maker.make([story], 0.5, random.Random(0))
+    assert EOS_ID not in document.ids
+    learnt = [token for token, counts in zip(document.ids, document.learnt, strict=True) if counts]
+    assert story.startswith(tokenizer.decode(learnt, skip_special_tokens=True))
+    assert 10 < len(learnt) < 80
+    (window,) = pack(iter([document, document]), len(document.ids), teacher_context=8)
+    assert window.targets[-1] == IGNORED  # that another document begins is nothing to learn
 
 
 def stories_of(lengths: list[int]) -> Iterator[Document]:
