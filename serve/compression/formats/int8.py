@@ -13,6 +13,8 @@ the same integers as the reference.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(CompressedLinear):
     """Plain layout: `weight` int8 `[out, in]`, `scale` float32 `[out]`."""
 
-    metadata = ("scale",)
+    metadata: ClassVar[tuple[str, ...]] = ("scale",)
     weight: Tensor
     scale: Tensor
 
@@ -82,12 +84,16 @@ class Int8Linear(CompressedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and x.dtype is torch.bfloat16:
             return self.multiply_packed(self.packed, x)
-        tokens, scale = quantize_tokens(x.reshape(-1, self.in_features))
+        tokens, scale = self.quantize_input(x.reshape(-1, self.in_features))
         if self._packed is not None:
             product = self._onednn(tokens)
         else:
             product = _int_mm(tokens.to(torch.int8), self.weight).float().mul_(self.scale)
         return self._finish(product, scale, x)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [tokens, in]` as whole numbers in -127..127 (float32), and what one of them is worth `[tokens, 1]`."""
+        return quantize_tokens(x)
 
     def _onednn(self, tokens: Tensor) -> Tensor:
         unsigned = tokens.add_(_ZERO_POINT).to(torch.uint8)
@@ -104,7 +110,7 @@ class Int8Linear(CompressedLinear):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def reference(self, x: Tensor) -> Tensor:
-        tokens, scale = quantize_tokens(x.reshape(-1, self.in_features))
+        tokens, scale = self.quantize_input(x.reshape(-1, self.in_features))
         product = (tokens.int() @ self.weight.int().t()).float() * self.scale
         return self._finish(product, scale, x)
 

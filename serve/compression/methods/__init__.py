@@ -14,6 +14,7 @@ _QUANTIZERS = {
     "awq": ("quantizers", "AwqMethod"),
     "gptq": ("quantizers", "GptqMethod"),
     "int8": ("absmax", "Int8Method"),
+    "int8-static": ("static", "Int8StaticMethod"),
     "int8-weight": ("absmax", "Int8WeightMethod"),
     "llm-int8": ("bitsandbytes", "LlmInt8Method"),
     "nf4": ("bitsandbytes", "Nf4Method"),
