@@ -114,6 +114,8 @@ def run(
 def compare(
     a: Annotated[Path, typer.Argument(help="A result of `run --output`.")],
     b: Annotated[Path, typer.Argument(help="Another; may be the same, to compare two of its variants.")],
+    more_a: Annotated[list[Path] | None, typer.Option(help="Another run of A; may be repeated.")] = None,
+    more_b: Annotated[list[Path] | None, typer.Option(help="Another run of B; may be repeated.")] = None,
     a_variant: Annotated[str | None, typer.Option(help="Take this variant of A.")] = None,
     b_variant: Annotated[str | None, typer.Option(help="Take this variant of B.")] = None,
     fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 1 where B is worse.")] = False,
@@ -123,13 +125,17 @@ def compare(
     from loadtest import results, tables
     from loadtest.compare import compare as compare_results
 
-    first, second = results.read(a, "run"), results.read(b, "run")
-    for path, result, variant in ((a, first, a_variant), (b, second, b_variant)):
-        if variant is not None and variant not in result["by_variant"]:
-            raise SettingsError(f"{path} has no variant {variant}, only {', '.join(result['by_variant']) or 'none'}")
-    comparison = compare_results(first, second, a_variant, b_variant)
+    paths = {"a": [a, *(more_a or ())], "b": [b, *(more_b or ())]}
+    runs = {side: [results.read(path, "run") for path in paths[side]] for side in paths}
+    for side, variant in (("a", a_variant or b_variant), ("b", b_variant or a_variant)):
+        for path, found in zip(paths[side], runs[side], strict=True):
+            if variant is not None and variant not in found["by_variant"]:
+                names = ", ".join(found["by_variant"]) or "none"
+                raise SettingsError(f"{path} has no variant {variant}, only {names}")
+    comparison = compare_results(runs["a"], runs["b"], a_variant, b_variant)
+    files = {side: [str(path) for path in paths[side]] for side in paths}
     if as_json:
-        print(json.dumps(results.envelope("compare", {"a": str(a), "b": str(b), **comparison}), indent=1))
+        print(json.dumps(results.envelope("compare", files | comparison), indent=1))
     else:
         tables.print_comparison(comparison, Console())
     sys.exit(SLO_MISSED if fail_if_worse and comparison["worse"] else 0)

@@ -4,13 +4,13 @@ Each result carries intervals. The interval of a ratio B / A follows from both b
 "Construction of confidence intervals about effect measures"), on logarithms, which needs no raw data and keeps
 lopsided intervals lopsided. Many comparisons at 95 % find a difference by chance, so the intervals are widened for
 their number (Bonferroni). They cover the variation within each run; how two runs of the same thing differ, only more
-runs can show.
+runs can show: with several on a side, its interval reaches over all of theirs, which is wide, and hard to fool.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Literal
 
 from loadtest.results import Json
@@ -31,6 +31,15 @@ class Estimate:
     value: float
     interval: Interval | None
 
+    @classmethod
+    def over(cls, runs: Sequence["Estimate"]) -> "Estimate":
+        """The median of several runs, with an interval that holds all of theirs."""
+        intervals = [run.interval for run in runs if run.interval is not None]
+        value = median(run.value for run in runs)
+        if len(intervals) < len(runs):
+            return cls(value, None)
+        return cls(value, (min(low for low, _ in intervals), max(high for _, high in intervals)))
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -46,18 +55,19 @@ class Difference:
     verdict: Verdict
 
 
-def compare(a: Json, b: Json, a_variant: str | None = None, b_variant: str | None = None) -> Json:
-    """Groups of the same name against each other; or one variant of A against one of B, which may be the same result.
-
-    KeyError where a named variant is not in its result.
+def compare(a: Sequence[Json], b: Sequence[Json], a_variant: str | None = None, b_variant: str | None = None) -> Json:
+    """One or more runs of A against as many or fewer of B, groups of the same name against each other; or one variant
+    of A against one of B, which may be the same runs. KeyError where a named variant is not in a result.
     """
-    pairs = _pairs(a, b, a_variant, b_variant)
-    cells = [(name, *cell) for name, group_a, group_b in pairs for cell in _cells(group_a, group_b)]
-    widening = _widening(sum(before.interval is not None and after.interval is not None for *_, before, after in cells))
-    rows = [_difference(*cell, widening) for cell in cells]
+    cells = [
+        (name, *cell) for name, before, after in _pairs(a, b, a_variant, b_variant) for cell in _cells(before, after)
+    ]
+    known = sum(before.interval is not None and after.interval is not None for *_, before, after in cells)
+    rows = [_difference(*cell, _widening(known)) for cell in cells]
     return {
-        "settings_that_differ": _settings_that_differ(a, b),
-        "same_machine": a["machine"] == b["machine"],
+        "settings_that_differ": _settings_that_differ(a[0], b[0]),
+        "same_machine": all(run["machine"] == a[0]["machine"] for run in (*a, *b)),
+        "runs": [len(a), len(b)],
         "confidence": CONFIDENCE,
         "comparisons": len(rows),
         "rows": [asdict(row) for row in rows],
@@ -66,23 +76,34 @@ def compare(a: Json, b: Json, a_variant: str | None = None, b_variant: str | Non
     }
 
 
-def _pairs(a: Json, b: Json, a_variant: str | None, b_variant: str | None) -> list[tuple[str, Json, Json]]:
+Groups = list[Json]
+
+
+def _pairs(
+    a: Sequence[Json], b: Sequence[Json], a_variant: str | None, b_variant: str | None
+) -> list[tuple[str, Groups, Groups]]:
     if a_variant is not None or b_variant is not None:
-        names = (a_variant or b_variant or "", b_variant or a_variant or "")
-        return [(f"{names[0]} → {names[1]}", a["by_variant"][names[0]], b["by_variant"][names[1]])]
-    both = [name for name in a["by_variant"] if name in b["by_variant"]]
-    variants = [(name, a["by_variant"][name], b["by_variant"][name]) for name in both]
-    return [("overall", a["overall"], b["overall"]), *variants]
+        first, second = a_variant or b_variant or "", b_variant or a_variant or ""
+        return [(f"{first} → {second}", _variant(a, first), _variant(b, second))]
+    both = [name for name in a[0]["by_variant"] if all(name in run["by_variant"] for run in (*a, *b))]
+    overall = ("overall", [run["overall"] for run in a], [run["overall"] for run in b])
+    return [overall, *((name, _variant(a, name), _variant(b, name)) for name in both)]
 
 
-def _cells(a: Json, b: Json) -> Iterator[tuple[str, str, Estimate, Estimate]]:
+def _variant(runs: Sequence[Json], name: str) -> Groups:
+    return [run["by_variant"][name] for run in runs]
+
+
+def _cells(a: Groups, b: Groups) -> Iterator[tuple[str, str, Estimate, Estimate]]:
     for metric in LATENCIES:
-        if a[metric]["count"] and b[metric]["count"]:
+        if all(group[metric]["count"] for group in (*a, *b)):
             for name in LATENCY_STATISTICS:
-                yield metric, name, _of_latency(a[metric], name), _of_latency(b[metric], name)
+                before, after = (Estimate.over([_of_latency(g[metric], name) for g in side]) for side in (a, b))
+                yield metric, name, before, after
     for metric in RATES:
-        if a[metric] is not None and b[metric] is not None:
-            yield metric, "mean", _of_rate(a, metric), _of_rate(b, metric)
+        if all(group[metric] is not None for group in (*a, *b)):
+            before, after = (Estimate.over([_of_rate(g, metric) for g in side]) for side in (a, b))
+            yield metric, "mean", before, after
 
 
 def _of_latency(values: Json, statistic: str) -> Estimate:

@@ -185,9 +185,8 @@ def print_comparison(comparison: Json, console: Console) -> None:
         console.print(Text(f"differs: {name} is {first!r} in A and {second!r} in B"))
     if not comparison["same_machine"]:
         console.print(Text("differs: the machine that measured"))
+    a, b = comparison["runs"]
+    several = "over all runs of each side" if a > 1 and b > 1 else "within these runs; --more-a and --more-b add others"
     console.print(
-        Text(
-            f"Intervals hold together for all {comparison['comparisons']} comparisons, within these runs; "
-            "repeat the runs to see how runs differ."
-        )
+        Text(f"{a} against {b} runs. Intervals hold for all {len(comparison['rows'])} comparisons together, {several}.")
     )

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from loadtest.compare import Estimate
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, server, start_server):
@@ -52,13 +54,27 @@ def test_a_regression_fails_a_build(loadtest, results):
     assert loadtest(*pair, "--fail-if-worse").exit_code == 1
 
 
+def test_a_drift_between_runs_of_a_side_is_no_difference_between_sides(loadtest, results):
+    pair = (results / "again.json", results / "slow.json")
+    more = loadtest("compare", *pair, "--more-a", results / "slow.json", "--more-b", pair[1], "--json")
+    assert more.result["runs"] == [2, 2]
+    assert rows_of(more)["overall", "ttft_s", "p50"]["verdict"] == "no difference seen", "one run of A was as slow"
+
+
+def test_several_runs_are_their_median_within_the_bounds_of_all():
+    runs = [Estimate(1.0, (0.9, 1.2)), Estimate(3.0, (2.0, 3.5)), Estimate(1.5, (1.1, 1.6))]
+    assert Estimate.over(runs) == Estimate(1.5, (0.9, 3.5))
+    assert Estimate.over([*runs, Estimate(1.0, None)]).interval is None
+
+
 def test_two_variants_of_one_result_are_compared(loadtest, results):
     pair = (results / "slow.json", results / "slow.json", "--a-variant", "bf16", "--b-variant", "int8")
     outcome = loadtest("compare", *pair, "--json")
     assert {row["group"] for row in outcome.result["rows"]} == {"bf16 → int8"}
-    wrong = loadtest("compare", *pair[:2], "--a-variant", "fp4")
-    assert wrong.exit_code == 2
-    assert "bf16, int8" in wrong.stderr
+    for option in ("--a-variant", "--b-variant"):
+        wrong = loadtest("compare", *pair[:2], option, "fp4")
+        assert wrong.exit_code == 2
+        assert "bf16, int8" in wrong.stderr
 
 
 def test_the_page_needs_nothing_else_and_the_plots_are_written(loadtest, results, tmp_path):
