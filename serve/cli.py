@@ -12,6 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from serve.commands import artifacts
+from serve.commands.bench import bench
+from serve.commands.compress import compress
+from serve.commands.evaluate import evaluate
 from serve.errors import SetupError
 
 __all__ = ["app", "main"]
@@ -62,6 +66,12 @@ def serve(
         return serve_source(config or "builtin:storyteller", tuple(recipe or _DEFAULT_RECIPES))
 
     run(chosen(), host=host, port=port, as_json=as_json)
+
+
+app.command()(compress)
+app.command()(evaluate)
+app.command()(bench)
+app.add_typer(artifacts.app, name="artifacts")
 
 
 def main() -> None:

@@ -1,0 +1,52 @@
+"""Options that several commands have, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from serve.compression.calibration import Calibration
+    from serve.compression.recipe import Recipe
+
+__all__ = [
+    "AsJson",
+    "CalibrationFile",
+    "Device",
+    "Fresh",
+    "NumSamples",
+    "Recipes",
+    "Source",
+    "Threads",
+    "calibration",
+    "recipes",
+]
+
+Source = Annotated[str, typer.Argument(help="The model: a folder, a Hub id or builtin:storyteller.")]
+Recipes = Annotated[
+    list[str], typer.Option("--recipe", help="What to do to the weights, as gptq4-g64 or wanda50+int8 (repeatable).")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="Text or JSONL to calibrate on. Default: the bundled stories.")
+]
+NumSamples = Annotated[int, typer.Option(min=1, help="Records of the calibration text to take.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Torch threads. Default: torch's own choice.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Compress anew, leaving the artifact store alone.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
+
+
+def recipes(names: list[str]) -> list[Recipe]:
+    """Parse all before anything is measured; two spellings of one recipe count once."""
+    from serve.compression.recipe import Recipe
+
+    return list({recipe.name: recipe for recipe in map(Recipe.parse, names)}.values())
+
+
+def calibration(file: Path | None, num_samples: int) -> Calibration | None:
+    """None leaves the choice to the loader."""
+    from serve.compression.calibration import Calibration, bundled
+
+    return Calibration(file or bundled().file, num_samples) if file or num_samples != bundled().num_samples else None

@@ -1,0 +1,93 @@
+"""Runs a function in a process of its own, so that the memory and the time it measures are its own alone.
+
+The process is spawned, not forked: it starts with nothing of its parent's, and ends when the work does. What the work
+raises on purpose is raised here again; a process that dies without a word (out of memory) becomes a `SetupError`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from serve.errors import HalftoneError, SetupError
+
+__all__ = ["Progress", "run"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how much of it is done, of how much)."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def run(progress: Progress, work: Callable[Concatenate[Progress, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work(progress, *args, **kwargs)` elsewhere. Call it from the main thread; Ctrl-C ends the other process.
+
+    Function, arguments and result cross over pickled. A result made of plain types keeps this process light.
+    """
+    ours, theirs = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_child, args=(theirs, work, args, kwargs), daemon=True
+    )
+    with _deaf():
+        process.start()
+    theirs.close()
+    try:
+        kind, found = _listen(ours, progress)
+    except EOFError:
+        process.join()
+        raise SetupError(f"the process that {_purpose(work)} {_cause(process.exitcode or 0)}") from None
+    finally:
+        process.terminate()
+        process.join()
+        ours.close()
+    if kind == "raised":
+        raise found
+    result: T = found
+    return result
+
+
+def _listen(pipe: Connection, progress: Progress) -> tuple[str, Any]:
+    while True:
+        kind, found = pipe.recv()
+        if kind != "progress":
+            return kind, found
+        progress(*found)
+
+
+def _child(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        pipe.send(("returned", work(lambda *state: pipe.send(("progress", state)), *args, **kwargs)))
+    except HalftoneError as error:
+        pipe.send(("raised", error))
+    except BrokenPipeError:  # nobody waits for the result any more
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        sys.exit(1)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process started meanwhile never hears Ctrl-C, which the terminal sends to all: its parent ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _purpose(work: Callable[..., Any]) -> str:
+    return f"ran {work.__name__}"
+
+
+def _cause(exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "was killed; the system does so when memory runs out"
+    if exit_code < 0:
+        return f"died of {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}; its own message stands above"

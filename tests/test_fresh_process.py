@@ -1,0 +1,55 @@
+"""Work in a process of its own: results, progress and errors come back, and a death is told in a line."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from serve.errors import ConfigError, SetupError
+from serve.fresh_process import Progress, run
+
+
+def tell_and_add(progress: Progress, a: int, *, b: int) -> tuple[int, int]:
+    progress("adding", 1, 2)
+    return a + b, os.getpid()
+
+
+def refuse(progress: Progress) -> None:
+    raise ConfigError("text", "is empty")
+
+
+def die(progress: Progress) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ignores_interrupts(progress: Progress) -> bool:
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def test_the_result_and_the_progress_come_back_from_another_process() -> None:
+    told: list[tuple[str, int, int]] = []
+    total, process = run(lambda *state: told.append(state), tell_and_add, 1, b=2)
+    assert (total, told) == (3, [("adding", 1, 2)])
+    assert process != os.getpid()
+
+
+def test_an_error_raised_on_purpose_is_raised_here_as_it_was() -> None:
+    with pytest.raises(ConfigError, match="is empty"):
+        run(silent, refuse)
+
+
+def test_a_process_that_is_killed_becomes_one_line_that_says_so() -> None:
+    with pytest.raises(SetupError, match="was killed; the system does so when memory runs out"):
+        run(silent, die)
+
+
+def test_only_the_parent_hears_an_interrupt() -> None:
+    assert run(silent, ignores_interrupts)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
