@@ -27,6 +27,7 @@ __all__ = [
     "SamplingParams",
     "Timing",
     "TokenLogprob",
+    "Tokenized",
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -87,6 +88,15 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     """0 serves a user; higher numbers yield to lower ones (drift scoring, shadow calls)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A prompt as the model's tokenizer sees it; `pieces` are the tokens as text, one per id."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    context_length: int
 
 
 @dataclass(frozen=True, slots=True)

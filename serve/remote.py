@@ -16,9 +16,8 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from serve.api.backend import Tokenized
 from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
-from serve.generation import GenerationRequest, Prompt
+from serve.generation import GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, ReplicaBeat, View
 from serve.hop import Parcel, ReplicaDied
 

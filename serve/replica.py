@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from serve import metrics
-from serve.api.backend import Tokenized
 from serve.errors import GenerationFailed, HalftoneError, VariantUnavailable
-from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams
+from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams, Tokenized
 from serve.heartbeat import ReplicaBeat, State
 from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels

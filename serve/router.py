@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, S
 from typing import Any, Protocol
 from uuid import uuid4
 
-from serve.api.backend import Call, ModelCard, Tokenized
+from serve.api.backend import Call, ModelCard
 from serve.errors import (
     ConfigError,
     GenerationFailed,
@@ -29,7 +29,7 @@ from serve.errors import (
     UnknownModel,
     VariantUnavailable,
 )
-from serve.generation import Disclosure, Event, GenerationRequest, Prompt
+from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, VariantState, View
 from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
 from serve.journal import Journal, Trace, code_of

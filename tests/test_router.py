@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve import router as router_module
-from serve.api.backend import Backend, Call, Tokenized
+from serve.api.backend import Backend, Call
 from serve.errors import (
     ConfigError,
     GenerationFailed,
@@ -19,7 +19,17 @@ from serve.errors import (
     UnknownModel,
     VariantUnavailable,
 )
-from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, PromptDelta, SamplingParams, Timing
+from serve.generation import (
+    Delta,
+    Event,
+    Failure,
+    GenerationRequest,
+    Prompt,
+    PromptDelta,
+    SamplingParams,
+    Timing,
+    Tokenized,
+)
 from serve.heartbeat import IngressBeat, State, VariantState, View
 from serve.hop import Outbox, Parcel, ReplicaDied
 from serve.metrics import Snapshot

@@ -4,8 +4,8 @@
 """
 
 from serve.api.auth import Keys
-from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState, Tokenized
+from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState
 from serve.api.limits import Limits
 from serve.api.settings import ApiSettings
 
-__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState", "Tokenized"]
+__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState"]

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from serve.generation import Disclosure, Event, GenerationRequest, Prompt
+from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Tokenized
 
-__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState", "Tokenized"]
+__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState"]
 
 ModelState = Literal["loading", "ready", "failed"]
 
@@ -68,15 +68,6 @@ class ModelCard:
     context_length: int | None = None
     fingerprint: str | None = None
     reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """A prompt as the model's tokenizer sees it; `pieces` are the tokens as text, one per id."""
-
-    ids: tuple[int, ...]
-    pieces: tuple[str, ...]
-    context_length: int
 
 
 class Backend(Protocol):

@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from serve.api import Call, ModelCard, Tokenized
+from serve.api import Call, ModelCard
 from serve.errors import ConfigError, HalftoneError, InvalidRequest, UnknownModel
 from serve.generation import (
     Delta,
@@ -22,6 +22,7 @@ from serve.generation import (
     GenerationRequest,
     Prompt,
     PromptDelta,
+    Tokenized,
     TokenLogprob,
 )
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve import metrics
-from serve.api import Call, ModelCard, ModelState, Tokenized
+from serve.api import Call, ModelCard, ModelState
 from serve.errors import ConfigError, UnknownModel, VariantUnavailable
-from serve.generation import Delta, Disclosure, Event, GenerationRequest, Prompt, PromptDelta, TokenLogprob
+from serve.generation import Delta, Disclosure, Event, GenerationRequest, Prompt, PromptDelta, Tokenized, TokenLogprob
 from serve.metrics import Ledger, Recorder, VariantLabels
 
 MODEL = "storyteller"
