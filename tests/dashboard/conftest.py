@@ -54,10 +54,12 @@ def serving(settings: ApiSettings) -> Iterator[Server]:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listener]),))
         thread.start()
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", stage, loop)
-        server.should_exit = True
-        thread.join()
-        loop.close()
+        try:
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", stage, loop)
+        finally:
+            server.should_exit = True
+            thread.join()
+            loop.close()
 
 
 @pytest.fixture(scope="session")

@@ -132,3 +132,18 @@ def test_a_character_in_several_tokens_appears_with_its_last(blank: playwright.P
     }"""
     names = ["a", "bytes:\\xf0\\x9f", "bytes:\\xa6\\x8a", " fox", "bytes:\\xf0", "b"]
     assert blank.evaluate(script, names) == ["a", "", "🦊", " fox", "", "\ufffdb"]
+
+
+def test_what_is_kept_is_bounded_however_long_the_page_stays_open(blank: playwright.Page) -> None:
+    script = """async () => {
+        const { History } = await import('/dashboard/history.js');
+        const { Recorder } = await import('/dashboard/recorder.js');
+        const [history, recorder, variants] = [new History(), new Recorder(5, () => 1), [{name: 'bf16'}]];
+        const look = (second) => ({atMs: second * 1000, variants: []});
+        for (let second = 1; second <= 5000; second += 1) {
+            history.push(look(second));
+            recorder.record({snapshot: look(second), recent: () => ({bf16: {}})}, variants);
+        }
+        return [history.seconds, ...recorder.data(variants).map((column) => column.length)];
+    }"""
+    assert blank.evaluate(script) == [999, 900, 900]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -49,6 +50,7 @@ def test_a_new_user_compares_changes_the_split_and_sees_it_served(running: Halft
     expect(column(page, "nf4").locator(".tokens")).to_have_text(whole)
     expect(column(page, "nf4").locator(".diverged")).to_have_count(1)
     expect(column(page, "nf4")).to_contain_text("tokens are the reference's first choice")
+    expect(column(page, "nf4").get_by_text("tokens/s").locator("+ dd")).to_have_text(re.compile(r"^[\d,.]+$"))
     expect(column(page, "fp32").locator(".diverged")).to_have_count(0)
 
     page.get_by_role("slider", name="Share of nf4").fill("100")

@@ -1,7 +1,7 @@
 // Asks for the key when the server does, or when a person wants to change or forget it.
 
 import { key } from "./client.js";
-import { setText } from "./dom.js";
+import { setText, show } from "./dom.js";
 
 export class KeyDialog {
   #dialog = document.getElementById("key-dialog");
@@ -26,6 +26,7 @@ export class KeyDialog {
 
   open(reason) {
     setText(document.getElementById("key-reason"), reason);
+    show(document.getElementById("key-forget"), key.get() !== "");
     if (!this.#dialog.open) this.#dialog.showModal();
   }
 }

@@ -3,6 +3,7 @@
 import { sendJson, stream } from "../client.js";
 
 const ALTERNATIVES = 3;
+const SHORTEST_MS = 20;
 
 /** Grows while it streams. `tokens`: {id, name, logprob, top}; `top` are [name, logprob] pairs, likeliest first. */
 export class Answer {
@@ -18,9 +19,10 @@ export class Answer {
     return (this.#firstMs - this.#sentMs) / 1000;
   }
 
-  /** After the first token, as a reader sees them come. */
+  /** After the first token, as a reader sees them come; NaN for what came in one piece. */
   get tokensPerSecond() {
-    return ((this.tokens.length - 1) * 1000) / (this.#lastMs - this.#firstMs);
+    const spanMs = this.#lastMs - this.#firstMs;
+    return spanMs < SHORTEST_MS ? NaN : ((this.tokens.length - 1) * 1000) / spanMs;
   }
 
   take(choice) {

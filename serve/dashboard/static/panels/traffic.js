@@ -35,7 +35,7 @@ function rowsOf({ variants, answered, span: { whole, seconds }, snapshot }) {
   const configured = snapshot.traffic !== null;
   const moved = variants.some((v) => Math.abs(v.servingShare - v.weight / 100) > 1e-6);
   if (configured) rows.push(row("configured", "Configured", (v) => v.weight / 100));
-  if (!configured || moved) rows.push(row("in-force", "In force", (v) => v.servingShare));
+  if ((!configured || moved) && variants.some((v) => v.servingShare > 0)) rows.push(row("in-force", "In force", (v) => v.servingShare));
   const answers = whole ? "Answered" : `Answered in ${span(seconds)}`;
   if (answered) rows.push(row("answered", answers, (v) => v.answeredShare));
   return rows;
@@ -43,7 +43,10 @@ function rowsOf({ variants, answered, span: { whole, seconds }, snapshot }) {
 
 /** The whole server in a few numbers. */
 function totalsOf({ variants, answered }) {
-  const add = (valueOf) => variants.reduce((total, variant) => total + (valueOf(variant) || 0), 0);
+  const add = (valueOf) => {
+    const known = variants.map(valueOf).filter(Number.isFinite);
+    return known.length ? known.reduce((total, value) => total + value) : NaN;
+  };
   return [
     ["requests/s", number(add((v) => v.now.requestsPerSecond))],
     ["tokens/s", number(add((v) => v.now.tokensPerSecond))],
@@ -78,13 +81,20 @@ function updateBar(node, { label, parts }) {
 }
 
 function noteOf({ variants, answered, snapshot }) {
-  const absent = variants.filter((v) => v.weight > 0 && v.state !== "ready").map((v) => `${v.name} is ${v.state}`);
   const refused = sum(snapshot.refused);
   return [
-    absent.length ? `${absent.join(", ")}: others take its share.` : "",
+    absence(variants),
     answered ? `${count(answered)} answers, pinned ones included.` : "Nothing was asked yet. Try the loupe below.",
     refused ? `${count(refused)} requests were refused before they came to a variant (${codes(snapshot.refused)}).` : "",
   ].join(" ");
+}
+
+/** Who should serve and cannot, and what becomes of the share. */
+function absence(variants) {
+  if (!variants.some((v) => v.state === "ready")) return "No variant is ready to serve yet.";
+  const absent = variants.filter((v) => v.weight > 0 && v.state !== "ready");
+  const told = absent.map((v) => `${v.name} ${v.state === "failed" ? "has failed" : "is loading"}`);
+  return told.length ? `${told.join(", ")}; the others take over.` : "";
 }
 
 const codes = (byCode) => Object.entries(byCode).map(([code, value]) => `${code} ${count(value)}`).join(", ");

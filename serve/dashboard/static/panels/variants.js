@@ -27,7 +27,7 @@ export function variantsPanel() {
   const caption = el("caption", { class: "unseen" }, "Variants: speed, load, errors and size");
   const table = el("table", { class: "variants" }, caption, head, body);
   const update = ({ variants }) => {
-    keyed(body, variants, (v) => `${v.name} ${v.state === "ready"}`, (v) => makeRow(v), updateRow);
+    keyed(body, variants, (v) => `${v.name} ${v.state}`, (v) => makeRow(v), updateRow);
   };
   return panel({ id: "variants", title: "Variants", update }, el("div", { class: "wide" }, table));
 }
@@ -36,7 +36,7 @@ function makeRow(variant) {
   const name = el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
   const head = el("th", { scope: "row" }, name, el("span", { class: "second" }));
   if (variant.state !== "ready") {
-    return el("tr", { class: "absent" }, head, el("td", { colspan: COLUMNS.length, class: "why" }));
+    return el("tr", { class: `absent ${variant.state}` }, head, el("td", { colspan: COLUMNS.length, class: "why" }));
   }
   const cells = COLUMNS.map(([title]) => {
     return el("td", { dataset: { title } }, el("span", { class: "main" }), el("span", { class: "second" }));
