@@ -14,6 +14,7 @@ import logging
 import os
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ __all__ = ["Replica"]
 _LOG = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.25
+_LEAST_BEAT_S = 0.1
 _REMEMBERED_ABORTS = 4096
 
 Report = Callable[[ReplicaBeat], Awaitable[bool]]
@@ -60,6 +62,7 @@ class Replica:
         self._outboxes: dict[str, Outbox] = {}
         self._outbox_of: dict[str, Outbox] = {}
         self._aborted: deque[str] = deque(maxlen=_REMEMBERED_ABORTS)
+        self._turned = asyncio.Event()  # from idle to busy or back: worth a beat out of turn
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Life
@@ -102,6 +105,8 @@ class Replica:
             return
         outbox = self._outboxes.setdefault(channel, Outbox(self._process, channel))
         outbox.open(request)
+        if not self._outbox_of:
+            self._turned.set()
         self._outbox_of[request_id] = outbox
         self._spawn(self._submit(request))
         whole = False
@@ -113,6 +118,8 @@ class Replica:
             del self._outbox_of[request_id]
             if self._serving and not whole:
                 self._serving.engine.abort(request_id)
+            if not self._outbox_of:
+                self._turned.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; one that has not come yet will be turned away. Unknown ones are another replica's."""
@@ -198,8 +205,12 @@ class Replica:
 
     async def _beat_for_ever(self) -> None:
         while True:
+            self._turned.clear()
             await self._beat()
-            await asyncio.sleep(_LOADING_BEAT_S if self._state == "loading" else _BEAT_S)
+            await asyncio.sleep(_LEAST_BEAT_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOADING_BEAT_S if self._state == "loading" else _BEAT_S):
+                    await self._turned.wait()
 
     async def _beat(self) -> None:
         """The report travels until it has arrived once."""

@@ -165,7 +165,8 @@ def test_a_client_that_leaves_frees_its_blocks(server: Halftone) -> None:
     body = {"model": "storyteller@fp32", "prompt": "Once", "max_tokens": 1000, "stream": True, "ignore_eos": True}
     aborted = server.metric("request_success_total", variant="fp32", finished_reason="abort")
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: httpx hangs up once it is collected
+        next(lines)
         server.wait_until(lambda: server.metric("num_requests_running", variant="fp32") == 1)
     server.wait_until(lambda: server.metric("num_requests_running", variant="fp32") == 0, timeout_s=5)
     assert server.metric("kv_cache_usage_ratio", variant="fp32") == 0
