@@ -38,7 +38,7 @@ from serve.errors import ArtifactError, CheckpointError, RecipeError, Unsupporte
 
 __all__ = ["Loader", "context_length"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of every fingerprint: raised when the same recipe would give other numbers than before."""
 
 _log = logging.getLogger(__name__)

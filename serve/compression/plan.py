@@ -13,6 +13,7 @@ import torch
 from serve.compression import methods
 from serve.compression.hardware import check_dtype
 from serve.compression.method import Need, Pruner, Quantizer
+from serve.compression.methods.storage import SparseStorage
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import DTYPES
 from serve.compression.stages import Int8, Int8Weight
@@ -68,8 +69,9 @@ class Plan:
 
     def _treat(self, recipe: Recipe) -> Treatment:
         pruners = tuple(methods.pruner(stage) for stage in recipe.work if stage.kind == "prune")
-        quantizer = self._check(methods.quantizer(recipe.quantizer)) if recipe.quantizer else None
-        return Treatment(pruners, quantizer)
+        if recipe.quantizer is None:
+            return Treatment(pruners, SparseStorage() if pruners else None)
+        return Treatment(pruners, self._check(methods.quantizer(recipe.quantizer)))
 
     def _check(self, quantizer: Quantizer) -> Quantizer:
         quantizer.check(self.device, DTYPES[self.recipe.dtype])

@@ -16,7 +16,19 @@ from pathlib import Path
 __all__ = ["compiled", "missing_features"]
 
 _SOURCES = Path(__file__).parent / "csrc"
-_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "fma")
+_FEATURES = (
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "avx512_vbmi2",
+    "popcnt",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "fma",
+)
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fvisibility=hidden")
 _FEATURE_FLAGS = tuple(
     "-m" + (feature.replace("_", "-") if feature.startswith("amx") else feature.replace("_", ""))

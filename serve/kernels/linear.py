@@ -5,12 +5,14 @@ One arithmetic per format, whatever the number of rows, and the sum over a row n
     bf16    products of bf16 summed in fp32
     int8    activations in 8 bits per token, exact integer sums, then both scales
     code4   the code's value in bf16, products summed in fp32 per group, then the group's scale
+    sparse  bf16 with the zeros left out: a bit per weight says where they were
 
 `reference` is the same by plain torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import byref
 
 import torch
@@ -21,7 +23,8 @@ from serve.kernels.library import Linear, address, library, team
 __all__ = ["PackedLinear"]
 
 _PANEL = 32
-_BF16, _INT8, _CODE4 = range(3)
+_BF16, _INT8, _CODE4, _SPARSE = range(4)
+_LINE = 32  # numbers that share a mask, and how far past the last number the kernel reads
 
 
 class PackedLinear:
@@ -74,6 +77,21 @@ class PackedLinear:
             tensors["offset"] = _by_panel(zeros.to(scales.dtype))
         return cls(spec, {**tensors, **_bias(bias)})
 
+    @classmethod
+    def sparse(
+        cls, rows: Callable[[slice], Tensor], outputs: int, inputs: int, bias: Tensor | None = None
+    ) -> PackedLinear:
+        """`rows(slice)` gives that part of the weight with its zeros, bf16 `[rows, inputs]`, a panel at a time."""
+        spec = Linear(format=_SPARSE, outputs=outputs, inputs=inputs)
+        panels = [_lines(rows(slice(at, min(at + _PANEL, outputs)))) for at in range(0, outputs, _PANEL)]
+        kept = [lines != 0 for lines in panels]
+        values = [lines[keep] for lines, keep in zip(panels, kept, strict=True)]
+        starts = torch.tensor([0, *(len(part) for part in values)])[:-1].cumsum(0)
+        bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+        masks = torch.cat([(keep.view(-1, 8) * bits).sum(1, dtype=torch.uint8) for keep in kept])
+        stream = torch.cat([*values, values[0].new_zeros(_LINE)])
+        return cls(spec, {"weight": stream, "scale": masks, "offset": starts, **_bias(bias)})
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: bf16 `[rows, inputs]`; returns bf16 `[rows, outputs]`."""
         y = x.new_empty(x.shape[0], self.spec.outputs)
@@ -85,7 +103,7 @@ class PackedLinear:
 
     def unpacked(self) -> Tensor:
         """The bf16 or int8 weight that was packed, `[outputs, inputs]`."""
-        assert self.spec.format != _CODE4
+        assert self.spec.format in (_BF16, _INT8)
         dtype = torch.int8 if self.spec.format == _INT8 else torch.bfloat16
         weight = torch.empty(self.spec.outputs, self.spec.inputs, dtype=dtype)
         library().ht_unpack(byref(self.spec), address(weight))
@@ -101,6 +119,14 @@ def _pack(spec: Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
     packed = torch.zeros(library().ht_packed_bytes(byref(spec)), dtype=torch.uint8)
     library().ht_pack(byref(spec), address(weight.contiguous(), dtype), address(packed))
     return packed
+
+
+def _lines(rows: Tensor) -> Tensor:
+    """Up to 32 rows of a bf16 weight in the order in which bf16 is packed: `[lines, 32]`, padded with zeros."""
+    inputs = -(-rows.shape[1] // _LINE) * _LINE
+    padded = rows.new_zeros(_PANEL, inputs)
+    padded[: rows.shape[0], : rows.shape[1]] = rows
+    return padded.view(_PANEL, inputs // 2, 2).transpose(0, 1).reshape(-1, _LINE)
 
 
 def _bias(bias: Tensor | None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from serve.loading import load
 from tests.engine.conftest import Desk
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int8-weight", "nf4"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int8-weight", "nf4", "gptq4-g64", "wanda50"])
 def test_logprobs_beside_neighbours_are_those_alone(desks: Callable[..., Desk], shared: Path, recipe: str) -> None:
     """Teacher-forced at the same chunk boundaries: within 0.02 nats at the 99th percentile."""
     loaded = load(str(shared / "models" / "TinyStories-656K"), Recipe.parse(recipe))

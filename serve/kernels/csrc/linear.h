@@ -1,14 +1,19 @@
-// y = x W^T for weights stored in bf16, int8, or 4-bit codes with a scale per group: one packed layout, one loop.
+// y = x W^T for weights stored in bf16, int8, 4-bit codes with a scale per group, or bf16 with the zeros left out: one
+// packed layout, one loop.
 //
 // Packed, a panel of 32 output columns lies contiguous over all of K, so that one token reads memory in one stream:
 //   bf16   [panels][K/2][32][2]      pairs of inputs
 //   int8   [panels][K/4][32][4]      quads of inputs
 //   code4  [panels][K/32][2][4][32]  16-bit words; nibble r of word (q, column, parity) is the code of row pair 4 q + r
+//   sparse [panels][lines' numbers]   bf16's layout cut into lines of 64 bytes, of each line the numbers that its mask keeps
 // K is padded with zeros to a whole step (32 inputs; 64 for int8), N to a whole panel.
 //
 // code4 keeps scales [panels][groups][32] and, if asymmetric, zeros of the same shape, in fp32 or bf16. A code becomes
 // its value in bf16 through a table of 16 (integers and NF4 levels alike); a group's product is summed in fp32 and then
 // scaled: sum over groups of scale * (codes . x - zero * sum of x).
+//
+// sparse keeps a mask of 32 bits per line, [panels][K/2][2], in `scale`, and in `offset` where each panel's numbers begin.
+// Lines are read in whole, so 64 bytes more than the last number must be there.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,7 +27,7 @@
 
 namespace halftone {
 
-enum class Format : int32_t { kBf16 = 0, kInt8 = 1, kCode4 = 2 };
+enum class Format : int32_t { kBf16 = 0, kInt8 = 1, kCode4 = 2, kSparse = 3 };
 
 // Mirrors serve/kernels/library.py.
 struct Linear {
@@ -30,8 +35,8 @@ struct Linear {
   int32_t outputs, inputs, group;  // group: inputs that share a scale (code4), a multiple of 32
   int32_t half_scales;             // code4: scale and offset are bf16, else fp32
   const uint8_t* weight;
-  const void* scale;   // int8: fp32 [N]; code4: [panels][groups][32]
-  const void* offset;  // int8: 128 times the column sums, int32 [N]; code4: zeros like scale, or null
+  const void* scale;   // int8: fp32 [N]; code4: [panels][groups][32]; sparse: uint32 masks [panels][K/2][2]
+  const void* offset;  // int8: 128 times the column sums, int32 [N]; code4: zeros like scale, or null; sparse: int64 [panels]
   const float* bias;    // [N] or null
   const bf16* table;    // code4: 16 values
 
@@ -267,11 +272,41 @@ inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, 
   }
 }
 
+// A panel's numbers go back between the zeros, some steps at a time, and are multiplied as bf16.
+inline void panel_sparse(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
+  constexpr int64_t kSteps = 16, kLines = kPanelStep / 64;
+  const int64_t stride = padded(w.inputs) * 2;
+  const bf16* values = reinterpret_cast<const bf16*>(w.weight) + static_cast<const int64_t*>(w.offset)[panel];
+  const uint32_t* masks = static_cast<const uint32_t*>(w.scale) + panel * w.steps() * kLines;
+  auto* unpacked = reinterpret_cast<uint8_t*>(room.unpacked);
+  std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
+  for (int64_t first_step = 0; first_step < w.steps(); first_step += kSteps) {
+    const int64_t steps = std::min(kSteps, w.steps() - first_step);
+    for (int64_t line = 0; line < steps * kLines; ++line) {
+      const uint32_t mask = *masks++;
+      if (line % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
+      _mm512_store_si512(unpacked + line * 64, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
+      values += __builtin_popcount(mask);
+    }
+    settle(unpacked);
+    by_row_blocks(rows, [&](int64_t row, int upper, int lower) {
+      room.shape.use(upper, lower);
+      const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data()) + row * stride + first_step * kStepBytes;
+      multiply_tiles<false>(x, stride, unpacked, steps, lower);
+      fold_tiles(room, row, upper, lower, [&](int64_t r, int half, __m512i sums) {
+        float* total = room.sums.data() + r * kPanel + half * 16;
+        _mm512_storeu_ps(total, _mm512_add_ps(_mm512_castsi512_ps(sums), _mm512_loadu_ps(total)));
+      });
+    });
+  }
+}
+
 inline void compute_panel(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   grow(room.sums, rows * kPanel);
   if (w.format == Format::kInt8) panel_int8(room, w, a, rows, panel);
   else if (w.format == Format::kBf16) panel_dense(room, w, a, rows, panel);
-  else panel_code4(room, w, a, rows, panel);
+  else if (w.format == Format::kCode4) panel_code4(room, w, a, rows, panel);
+  else panel_sparse(room, w, a, rows, panel);
   if (!w.bias) return;
   for (int64_t r = 0; r < rows; ++r)
     for (int half = 0; half < 2; ++half) {
