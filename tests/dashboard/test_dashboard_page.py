@@ -81,6 +81,21 @@ def test_the_front_holds_those_that_none_beats_in_both(server: Server, page: Pag
     expect(verdict).to_have_text("int8 is fastest, nf4 smallest. Another variant is both faster and smaller than bf16.")
 
 
+def test_speeds_that_cannot_be_told_apart_are_not_ranked(server: Server, page: Page) -> None:
+    server.stage.change("nf4", gap_s=0.0091)
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 30)
+    open_page(page, server)
+    expect(page.locator("#choice .verdict")).to_contain_text("int8 and nf4 are about as fast; nf4 is smallest.")
+
+
+def test_few_answers_make_no_verdict(server: Server, page: Page) -> None:
+    server.stage.answered("bf16", 30)
+    server.stage.answered("int8", 1)
+    open_page(page, server)
+    expect(page.locator("#choice .verdict")).to_have_text("Too few tokens timed yet to tell: int8.")
+
+
 def test_a_failed_variant_shows_its_reason(server: Server, page: Page) -> None:
     open_page(page, server)
     row = page.locator("tr.absent")

@@ -155,7 +155,7 @@ export class FrontChart extends Figure {
     Object.assign(this, { xFormat, yFormat, xLabel, yLabel, lowerIsBetter });
   }
 
-  /** `points`: {variant, x, y}; where y is better is said by `lowerIsBetter`. Returns the names on the front. */
+  /** `points`: {variant, x, y}; where y is better is said by `lowerIsBetter`. */
   plot(points) {
     const ordered = points.toSorted((a, b) => a.x - b.x);
     const front = paretoFront(ordered, this.lowerIsBetter);
@@ -163,7 +163,6 @@ export class FrontChart extends Figure {
     const data = [ordered.map((p) => p.x), ordered.map(on), ...ordered.map((p) => ordered.map((q) => (p === q ? p.y : null)))];
     const words = ordered.map((p) => `${p.variant.name}: ${this.xFormat(p.x)}, ${this.yFormat(p.y)}`);
     this.draw(ordered.map((point) => point.variant), data, words.join("; "));
-    return front.map((point) => point.variant.name);
   }
 
   options(variants) {

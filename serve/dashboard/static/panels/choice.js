@@ -38,13 +38,13 @@ export function choicePanel() {
     const judged = points.filter((p) => Number.isFinite(p.drift));
     show(speed.node, timed.length > 0);
     show(quality.node, judged.length > 0);
-    const front = timed.length ? speed.plot(timed.map(({ variant, size, speed: y }) => ({ variant, x: size, y }))) : [];
+    if (timed.length) speed.plot(timed.map(({ variant, size, speed: y }) => ({ variant, x: size, y })));
     if (judged.length) quality.plot(judged.map(({ variant, size, drift: y }) => ({ variant, x: size, y })));
     const reference = points.find((p) => p.variant.name === view.reference);
     table.classList.toggle("unmeasured", judged.length === 0);
     setText(table.caption, reference ? `Held against ${view.reference}` : "");
     keyed(body, points, (p) => p.variant.name, makeRow, (row, p) => updateRow(row, p, reference));
-    setText(verdict, verdictOf(timed, front));
+    setText(verdict, verdictOf(timed));
   }
 
   const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
@@ -89,17 +89,32 @@ function updateRow(row, point, reference) {
 }
 
 const FEW_GAPS = 300;
+const TOLD_APART = 1.05;
 
 /** The plot in a sentence or two, once enough tokens were timed. */
-function verdictOf(points, front) {
+function verdictOf(points) {
   if (!points.length) return "No answers yet to time. Send some, or try the loupe.";
   const few = points.filter((p) => p.gaps < FEW_GAPS).map((p) => p.variant.name);
   if (few.length) return `Too few tokens timed yet to tell: ${few.join(", ")}.`;
   if (points.length === 1) return `Only ${points[0].variant.name} has answered so far.`;
-  const fastest = points.toSorted((a, b) => b.speed - a.speed)[0].variant.name;
-  const smallest = points.toSorted((a, b) => a.size - b.size)[0].variant.name;
-  const best = fastest === smallest ? `${fastest} is both fastest and smallest.` : `${fastest} is fastest, ${smallest} smallest.`;
-  const beaten = points.map((p) => p.variant.name).filter((name) => !front.includes(name));
-  const lost = beaten.length ? ` Another variant is both faster and smaller than ${beaten.join(" and ")}.` : "";
-  return best + lost;
+  return `${leaders(points)}${losers(points)}`;
 }
+
+/** Speeds within five percent of each other are called the same: they move by that much from minute to minute. */
+function leaders(points) {
+  const [smallest] = points.toSorted((a, b) => a.size - b.size);
+  const top = Math.max(...points.map((p) => p.speed));
+  const fastest = points.filter((p) => p.speed * TOLD_APART > top);
+  if (fastest.length === points.length) return `All are about as fast; ${smallest.variant.name} is smallest.`;
+  if (fastest.length > 1) return `${listed(fastest)} are about as fast; ${smallest.variant.name} is smallest.`;
+  if (fastest[0] === smallest) return `${smallest.variant.name} is both fastest and smallest.`;
+  return `${fastest[0].variant.name} is fastest, ${smallest.variant.name} smallest.`;
+}
+
+function losers(points) {
+  const beats = (other, p) => other.speed > p.speed * TOLD_APART && other.size < p.size;
+  const beaten = points.filter((p) => points.some((other) => beats(other, p)));
+  return beaten.length ? ` Another variant is both faster and smaller than ${listed(beaten)}.` : "";
+}
+
+const listed = (points) => points.map((p) => p.variant.name).join(" and ");

@@ -70,12 +70,13 @@ function updateBar(node, { label, parts }) {
     bar,
     present,
     (part) => part.variant.name,
-    (part) => el("span", { class: `part ${seriesClass(part.variant)}` }, el("span")),
+    ({ variant }) => el("span", { class: `part ${seriesClass(variant)}` }, el("span", {}, markOf(variant), el("span"), el("span"))),
     (part, { variant, share }) => {
       setVars(part, { "--share": share });
       setAttribute(part, "title", `${variant.name}: ${percent(share)}`);
-      part.classList.toggle("narrow", share < 0.12);
-      setText(part.firstChild, `${markOf(variant)} ${variant.name} ${percent(share)}`);
+      const [name, size] = part.firstChild.children;
+      setText(name, ` ${variant.name}`);
+      setText(size, ` ${percent(share, 2)}`);
     },
   );
 }
