@@ -32,7 +32,9 @@ from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.compression.restore import restore
+from serve.compression.sensitivity import mix
 from serve.compression.skeleton import DTYPES, Skeleton, build
+from serve.compression.stages import Dense, Mixed
 from serve.compression.structure import cut, cut_config
 from serve.errors import ArtifactError, CheckpointError, RecipeError, UnsupportedHardware
 
@@ -126,6 +128,8 @@ class Loader:
         """Read the checkpoint and apply the recipe."""
         with self.timed("compress"):
             weights = self._weights()
+            if isinstance(self.recipe.quantizer, Mixed):
+                self._use(self._mixed(weights))
             activations = self._activations(self.skeleton) if _calibrates_layers(self.recipe) else None
             compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
         return self._account(calibration_tokens=self._calibration_tokens, unused_keys=weights.unused_keys)
@@ -138,6 +142,7 @@ class Loader:
 
     def map(self, artifact: Artifact) -> LoadReport:
         """Take what we compressed before; raise `ArtifactError` where it is not what it says."""
+        self._use(_saved_recipe(artifact))
         reader = _AddressNoting(artifact)
         with self.timed("map"):
             restore(self.skeleton, self.plan, reader.read)
@@ -150,7 +155,8 @@ class Loader:
         )
 
     def manifest(self, report: LoadReport) -> dict[str, Any]:
-        return {**self.facts, "recipe_name": self.recipe.name, "report": report.to_dict()}
+        resolved = {"recipe": self.recipe.to_dict()}  # with the choices that `mixed` made
+        return {**self.facts, **resolved, "recipe_name": self.recipe.name, "report": report.to_dict()}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -164,7 +170,7 @@ class Loader:
         """The recipe in force: that of the source, where it is compressed already. Builds the empty model for it."""
         artifact = self.source.artifact
         if artifact is not None:
-            recipe = Recipe.from_dict(artifact.manifest["recipe"])
+            recipe = _saved_recipe(artifact)
             if asked.work and asked.name != recipe.name:
                 raise RecipeError(
                     f"recipe {asked.name}: {self.source.folder} already holds {recipe.name}; ask for that"
@@ -194,12 +200,24 @@ class Loader:
         weights = Weights(checkpoint, whole.model)
         return cut(whole, weights, self.recipe.structure, self._activations(whole), self.progress)
 
-    def _activations(self, skeleton: Skeleton) -> BlockActivations:
-        """The calibration text in front of the first block."""
+    def _use(self, recipe: Recipe) -> None:
+        if recipe != self.recipe:
+            self.recipe, self.plan = recipe, Plan(recipe, self.plan.device)
+
+    def _mixed(self, weights: Reader) -> Recipe:
+        """The recipe with a precision for every projection. Needs the whole model, dense, for a while."""
+        dense, plain = self._build(self.recipe), Recipe(stages=(Dense(self.recipe.dtype),))  # type: ignore[arg-type]
+        compress(dense, weights, Plan(plain, self.plan.device))
+        return mix(self.recipe, dense, self._samples(), self.plan.device, progress=self.progress)
+
+    def _samples(self) -> list[list[int]]:
         assert self.calibration is not None
         context_tokens = context_length(self.source.config, self.tokenizer)
-        samples = self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
-        activations = BlockActivations(skeleton, samples, self.plan.device)
+        return self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
+
+    def _activations(self, skeleton: Skeleton) -> BlockActivations:
+        """The calibration text in front of the first block."""
+        activations = BlockActivations(skeleton, self._samples(), self.plan.device)
         self._calibration_tokens = activations.tokens
         return activations
 
@@ -230,6 +248,13 @@ class _AddressNoting:
         tensors = self.artifact.read(part)
         self.addresses |= {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()}
         return tensors
+
+
+def _saved_recipe(artifact: Artifact) -> Recipe:
+    try:
+        return Recipe.from_dict(artifact.manifest["recipe"])
+    except (RecipeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{artifact.folder}: its recipe cannot be read ({error})") from error
 
 
 def find_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ Resolving happens before any weight is read, so that a recipe this machine canno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,7 +16,7 @@ from serve.compression.method import Need, Pruner, Quantizer
 from serve.compression.methods.storage import SparseStorage
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import DTYPES
-from serve.compression.stages import Int8, Int8Weight
+from serve.compression.stages import Gptq, Int8, Int8Weight, Mixed
 from serve.errors import RecipeError
 
 __all__ = ["Plan", "Treatment"]
@@ -65,9 +65,12 @@ class Plan:
         recipe = Recipe.parse(target)
         if recipe.structure is not None:
             raise RecipeError(f"recipe: overrides.{pattern}: {recipe.structure.name} cuts the whole model or nothing")
-        return self._treat(recipe)
+        treatment = self._treat(recipe)
+        return Treatment(self._default.pruners + treatment.pruners, treatment.quantizer)
 
     def _treat(self, recipe: Recipe) -> Treatment:
+        if isinstance(recipe.quantizer, Mixed):  # its choices are overrides; this is for what was never measured
+            recipe = replace(recipe, stages=tuple(Gptq() if isinstance(s, Mixed) else s for s in recipe.stages))
         pruners = tuple(methods.pruner(stage) for stage in recipe.work if stage.kind == "prune")
         if recipe.quantizer is None:
             return Treatment(pruners, SparseStorage() if pruners else None)

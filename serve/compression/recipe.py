@@ -30,6 +30,7 @@ from serve.compression.stages import (
     Kind,
     LlmInt8,
     Magnitude,
+    Mixed,
     Nf4,
     RoundToNearest,
     Sparse,
@@ -123,9 +124,11 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         if "method" in data:
             data = {"stages": [data]}
-        _check_keys("recipe", data, ("stages", "lm_head", "skip", "overrides"))
+        _check_keys("recipe", data, ("stages", "mixed", "lm_head", "skip", "overrides"))
         parsed = [_parse_stage_entry(entry) for entry in _sequence("stages", data.get("stages", ()))]
         inner = [recipe for recipe in parsed if isinstance(recipe, Recipe)]
+        if "mixed" in data:
+            parsed.append(_parse_stage_entry({"method": Mixed.method, **_mapping("mixed", data["mixed"])}))
         stages = [stage for entry in parsed for stage in (entry.stages if isinstance(entry, Recipe) else (entry,))]
         head = "int8" if any(recipe.lm_head == "int8" for recipe in inner) else "keep"
         overrides = data.get("overrides", {})
@@ -201,6 +204,8 @@ def _parse_stage(text: str) -> Stage:
         return Dense(name)  # type: ignore[arg-type]
     if name in _PLAIN:
         return _build(_PLAIN[name], _options(text, options, _OPTIONS.get(_PLAIN[name], {})))
+    if match := re.fullmatch(r"mixed(\d+(?:\.\d+)?)?", text):
+        return _build(Mixed, {"budget_bits": float(match[1])} if match[1] else {})
     match = re.fullmatch(r"([a-z]+)(\d*)", name)
     cls = _NUMBERED.get(match[1]) if match else None
     if cls is None or match is None:
@@ -270,6 +275,12 @@ def _check_keys(where: str, data: Mapping[str, Any], allowed: Sequence[str]) -> 
             raise RecipeError(f"{where}: unknown key {key!r}; known: {_listed(allowed)}")
 
 
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"recipe: {key} is not a mapping")
+    return value
+
+
 def _sequence(key: str, value: Any) -> Sequence[Any]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
         raise RecipeError(f"recipe: {key} is not a list")
@@ -300,7 +311,7 @@ _SPELLING = {
     r"act": "act (activation order)", rf"damp{_FLOAT}": "dampX",
 }  # fmt: skip
 _STAGES: tuple[type[Any], ...] = (
-    Dense, Int8, Int8Weight, Int8Static, LlmInt8, Fp8, Nf4, RoundToNearest, Gptq, Awq,
+    Dense, Int8, Int8Weight, Int8Static, LlmInt8, Fp8, Nf4, RoundToNearest, Gptq, Awq, Mixed,
     Magnitude, Wanda, SparseGpt, Structured, Depth,
 )  # fmt: skip
 _PLAIN: dict[str, type[Any]] = {cls.method: cls for cls in (Int8, Int8Weight, Int8Static, LlmInt8, Fp8, Nf4)}
@@ -308,6 +319,6 @@ _NUMBERED: dict[str, type[Any]] = {
     cls.method: cls for cls in (RoundToNearest, Gptq, Awq, Magnitude, Wanda, SparseGpt, Structured, Depth)
 }
 _KNOWN = (
-    "fp32, bf16, fp16, int8, int8-weight, int8-static, llm-int8, fp8, nf4, rtn4, gptq4, awq4, "
+    "fp32, bf16, fp16, int8, int8-weight, int8-static, llm-int8, fp8, nf4, rtn4, gptq4, awq4, mixed4.5, "
     "magnitude50, wanda50, wanda-2:4, sparsegpt50, structured25, depth25 (joined by +, e.g. wanda50+gptq4-g64-asym)"
 )

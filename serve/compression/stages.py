@@ -22,6 +22,7 @@ __all__ = [
     "Int8Weight",
     "LlmInt8",
     "Magnitude",
+    "Mixed",
     "Nf4",
     "RoundToNearest",
     "Sparse",
@@ -209,6 +210,31 @@ class Awq(Grouped):
     method = "awq"
     allowed_bits = (3, 4, 8)
     symmetric: bool = True
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Mixed(Stage):
+    """Each projection in its own precision, chosen by measured sensitivity; on average `budget_bits` per weight."""
+
+    method = "mixed"
+    kind = "quantize"
+    budget_bits: float = 4.5
+
+    def __post_init__(self) -> None:
+        if not 2.5 <= self.budget_bits <= 16:
+            raise RecipeError(f"mixed: a budget of {self.budget_bits:g} bits is not between 2.5 and 16")
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}{self.budget_bits:g}"
+
+    @property
+    def precision(self) -> str:
+        return self.name
 
     @property
     def needs_calibration(self) -> bool:
