@@ -117,7 +117,7 @@ class Recipe:
             "stages": [{"method": stage.method, **asdict(stage)} for stage in self.stages],
             "lm_head": self.lm_head,
             "skip": list(self.skip),
-            "overrides": dict(self.overrides),
+            "overrides": [list(pair) for pair in self.overrides],  # their order decides
         }
 
     @classmethod
@@ -131,18 +131,12 @@ class Recipe:
             parsed.append(_parse_stage_entry({"method": Mixed.method, **_mapping("mixed", data["mixed"])}))
         stages = [stage for entry in parsed for stage in (entry.stages if isinstance(entry, Recipe) else (entry,))]
         head = "int8" if any(recipe.lm_head == "int8" for recipe in inner) else "keep"
-        overrides = data.get("overrides", {})
-        if not isinstance(overrides, Mapping):
-            raise RecipeError("recipe: overrides is not a mapping from name patterns to recipes")
-        for pattern, target in overrides.items():
-            _parse_text(str(target))
-            if not isinstance(pattern, str):
-                raise RecipeError(f"recipe: override pattern {pattern!r} is not text")
+        overrides = _overrides(data.get("overrides", {}))
         return cls(
             stages=_with_dtype(stages),
             lm_head=data.get("lm_head", head),
             skip=tuple(str(pattern) for pattern in _sequence("skip", data.get("skip", ()))),
-            overrides=tuple((pattern, str(target)) for pattern, target in overrides.items()),
+            overrides=overrides,
         )
 
 
@@ -273,6 +267,18 @@ def _check_keys(where: str, data: Mapping[str, Any], allowed: Sequence[str]) -> 
     for key in data:
         if key not in allowed:
             raise RecipeError(f"{where}: unknown key {key!r}; known: {_listed(allowed)}")
+
+
+def _overrides(value: Any) -> tuple[tuple[str, str], ...]:
+    """Name patterns and recipes, as a mapping or (in manifests, which sort their keys) as pairs."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else _sequence("overrides", value)
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise RecipeError(f"recipe: overrides: {pair!r} is not a name pattern and a recipe")
+        _parse_text(pair[1])
+        found.append((pair[0], pair[1]))
+    return tuple(found)
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:

@@ -101,6 +101,7 @@ def logits(loaded: LoadedModel) -> torch.Tensor:
         return found
 
 
+@pytest.mark.slow
 def test_a_mixed_model_keeps_its_budget_and_its_choices_in_the_artifact(
     tiny: str, calibration: Calibration, tmp_path: Path
 ) -> None:
