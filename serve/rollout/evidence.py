@@ -60,7 +60,9 @@ class Evidence:
 
     rules: Rules
     steps: list[StepSeen] = field(default_factory=list)
-    sums: dict[str, Sums] = field(default_factory=lambda: {name: Sums() for name in MEASURES})
+    sums: dict[str, Sums] = field(
+        default_factory=lambda: {name: Sums(m.kind != "rate") for name, m in MEASURES.items()}
+    )
     paired: dict[str, Sums] = field(default_factory=lambda: {name: Sums() for name in LATENCIES})
     # measure -> step -> [canary failures, stable failures, canary requests, stable requests], weighted
     tables: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -122,8 +124,8 @@ class Evidence:
             **{name: mapping[name] for name in _PLAIN},
             rules=Rules(**mapping["rules"]),
             steps=[StepSeen(**step) for step in mapping["steps"]],
-            sums={name: Sums(**mapping["sums"].get(name, {})) for name in MEASURES},
-            paired={name: Sums(**mapping["paired"].get(name, {})) for name in LATENCIES},
+            sums={name: Sums(**sums) for name, sums in mapping["sums"].items()},
+            paired={name: Sums(**sums) for name, sums in mapping["paired"].items()},
             bursts={name: Bursts(**bursts) for name, bursts in mapping["bursts"].items()},
             senders={name: Sender.from_dict(sender) for name, sender in mapping["senders"].items()},
         )

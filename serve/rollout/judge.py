@@ -20,7 +20,14 @@ from typing import Any, Final, Literal
 from serve.rollout.evidence import Evidence
 from serve.rollout.measures import MEASURES, Measure
 from serve.rollout.plan import Guard, Plan
-from serve.rollout.sequential import beta_binomial_log_e, critical_z, merge, normal_mixture_log_e, rate_ratio_log_e
+from serve.rollout.sequential import (
+    beta_binomial_log_e,
+    critical_z,
+    harm_log_e,
+    merge,
+    normal_mixture_log_e,
+    rate_ratio_log_e,
+)
 from serve.rollout.sums import Sums
 
 __all__ = ["Finding", "Result", "Verdict", "judge"]
@@ -141,10 +148,10 @@ def _bets(measure: Measure, evidence: Evidence, estimate: float, variance: float
     scale = guard.scale(measure)
     harm = safe = 0.0
     if _enough(measure, evidence):
-        harm = normal_mixture_log_e(estimate - tolerance, variance, scale)
+        harm = harm_log_e(estimate - tolerance, variance, scale)
         safe = normal_mixture_log_e(margin - estimate, variance, scale)
         if measure.two_sided:
-            harm = _mean_of(harm, normal_mixture_log_e(-estimate - tolerance, variance, scale))
+            harm = _mean_of(harm, harm_log_e(-estimate - tolerance, variance, scale))
             safe = min(safe, normal_mixture_log_e(margin + estimate, variance, scale))
     if measure.kind == "rate":  # counts are judged from the first failure on, not only when a normal law holds
         tables = evidence.tables.get(measure.name, {}).values()

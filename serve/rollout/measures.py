@@ -4,6 +4,9 @@ Three kinds. A **rate** is a failure that both arms can have (and is judged by c
 A **contrast** is a number that both arms have, compared within strata of like load and like length. A **level** is
 already a comparison, with the reference's logits, and needs the canary alone.
 
+Latencies are compared at equal load, which hides how much load a slow canary makes for itself; `e2e_own_load` is there
+for the gross case, and wants a wide margin, since a heavy user on one arm loads that arm too.
+
 Higher is worse, except for an agreement, which is summed with the opposite `sign`; `output_length` is bad either way.
 Latencies and lengths are compared as logarithms, so a margin of 0.10 means "10 % longer".
 """
@@ -38,6 +41,7 @@ class Measure:
     stratum: Callable[[Outcome], str] = lambda _: ""
     load: Callable[[Outcome], float] = lambda _: 0.0
     ratio: bool = False
+    latency: bool = False
     two_sided: bool = False
     sign: float = 1.0
     discount: float = 0.3
@@ -53,9 +57,9 @@ class Measure:
         return f"{100.0 * shown:+.2f} %" if self.ratio else f"{100.0 * shown:+.2f} points"
 
 
-def _bucket(value: float, base: float) -> int:
-    """Powers of `base`, eight at most."""
-    return min(int(log(max(value, 1.0)) / log(base) + 1e-9), 7)
+def _bucket(value: float, base: float, count: int) -> int:
+    """Powers of `base`, the last open upwards."""
+    return min(int(log(max(value, 1.0)) / log(base) + 1e-9), count - 1)
 
 
 def _octaves(outcome: Outcome) -> float:
@@ -64,15 +68,19 @@ def _octaves(outcome: Outcome) -> float:
 
 
 def _load(outcome: Outcome) -> str:
-    return str(_bucket(outcome.running_sequences + 1, 2.0))
+    return str(_bucket(outcome.running_sequences + 1, 2.0, 8))
 
 
 def _load_and_prompt(outcome: Outcome) -> str:
-    return f"{_load(outcome)} {_bucket(outcome.prompt_tokens, 4.0)}"
+    return f"{_load(outcome)} {_bucket(outcome.prompt_tokens, 2.0, 17)}"
+
+
+def _answer(outcome: Outcome) -> str:
+    return str(_bucket(outcome.completion_tokens, 1.5, 20))
 
 
 def _load_and_answer(outcome: Outcome) -> str:
-    return f"{_load(outcome)} {_bucket(outcome.completion_tokens, 2.0)}"
+    return f"{_load(outcome)} {_answer(outcome)}"
 
 
 def _logarithm(value: float | None) -> float | None:
@@ -98,11 +106,32 @@ def _log_perplexity_ratio(drift: Drift) -> float | None:
 
 
 _ALL: Final = (
-    Measure("error_rate", "rate", "error rate", lambda outcome: float(outcome.error is not None), discount=0.002),
-    Measure("degenerate", "rate", "empty or looping answers", _degenerate, discount=0.002),
-    Measure("ttft", "contrast", "TTFT", _of_success(lambda o: o.ttft_s), _load_and_prompt, _octaves, ratio=True),
-    Measure("itl", "contrast", "ITL", _of_success(lambda o: o.itl_mean_s), _load, _octaves, ratio=True),
-    Measure("e2e", "contrast", "E2E", _of_success(lambda o: o.e2e_s), _load_and_answer, _octaves, ratio=True),
+    Measure("error_rate", "rate", "error rate", lambda outcome: float(outcome.error is not None), discount=0.0005),
+    Measure("degenerate", "rate", "empty or looping answers", _degenerate, discount=0.0005),
+    Measure(
+        "ttft",
+        "contrast",
+        "TTFT",
+        _of_success(lambda o: o.ttft_s),
+        _load_and_prompt,
+        _octaves,
+        ratio=True,
+        latency=True,
+    ),
+    Measure("itl", "contrast", "ITL", _of_success(lambda o: o.itl_mean_s), _load, _octaves, ratio=True, latency=True),
+    Measure(
+        "e2e", "contrast", "E2E", _of_success(lambda o: o.e2e_s), _load_and_answer, _octaves, ratio=True, latency=True
+    ),
+    # Whatever the load: a canary that is so slow that its queue grows meets stable at no common load any more.
+    Measure(
+        "e2e_own_load",
+        "contrast",
+        "E2E at its own load",
+        _of_success(lambda o: o.e2e_s),
+        _answer,
+        ratio=True,
+        latency=True,
+    ),
     Measure(
         "output_length",
         "contrast",
@@ -118,4 +147,4 @@ _ALL: Final = (
 )
 
 MEASURES: Final = {measure.name: measure for measure in _ALL}
-LATENCIES: Final = ("ttft", "itl", "e2e")
+LATENCIES: Final = tuple(measure.name for measure in _ALL if measure.latency)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import inf, isfinite, log1p
+from math import log1p
 from typing import Any, Final, Literal
 
 from serve.errors import ConfigError
@@ -31,9 +31,9 @@ class Guard:
     """One measure and its limits.
 
     margin: for a rate, percentage points / 100; for TTFT, ITL, E2E, output length and perplexity a relative change; for
-        the other levels, an absolute addition to `expected`. Unset where only a `cap` is given.
+        the other levels, an absolute addition to `expected`.
     tolerance: the same unit; None means half the margin for latencies and lengths, none for rates, all for levels.
-    expected, cap: only for levels (see above).
+    expected, cap: only for levels (see above), in the measure's unit; a perplexity ratio of 1.03 is 0.03.
     weight: this guard's part of alpha; parts are scaled to sum to 1 over the guards of the plan.
     """
 
@@ -172,11 +172,12 @@ _TYPICAL: Final[Mapping[str, Expected]] = {
 }
 
 _ALWAYS: Final[Mapping[str, Guard]] = {
-    "error_rate": Guard(margin=0.01, weight=0.45),
+    "error_rate": Guard(margin=0.01, weight=0.5),
     "degenerate": Guard(margin=0.02, weight=0.05),
-    "ttft": Guard(margin=0.10, weight=0.11),
-    "itl": Guard(margin=0.10, weight=0.11),
-    "e2e": Guard(margin=0.10, weight=0.11),
+    "ttft": Guard(margin=0.10, weight=0.09),
+    "itl": Guard(margin=0.10, weight=0.09),
+    "e2e": Guard(margin=0.10, weight=0.09),
+    "e2e_own_load": Guard(margin=0.50, tolerance=0.25, weight=0.04),
     "output_length": Guard(margin=0.20, weight=0.04),
 }
 
@@ -317,7 +318,7 @@ def _check_guard(name: str, guard: Guard) -> None:
     if name not in MEASURES:
         raise ConfigError(path, f"unknown guard; allowed: {', '.join(MEASURES)}")
     level = MEASURES[name].kind == "level"
-    number(f"{path}.margin", guard.margin, 1e-9, inf)
+    number(f"{path}.margin", guard.margin, 1e-9, 1e9)
     number(f"{path}.weight", guard.weight, 1e-9, 1e9)
     number(f"{path}.expected", guard.expected, -1.0 if level else 0.0, 1e9 if level else 0.0)
     if guard.tolerance is not None:
@@ -327,6 +328,4 @@ def _check_guard(name: str, guard: Guard) -> None:
     if guard.cap is not None:
         if not level:
             raise ConfigError(f"{path}.cap", "is only for quality guards; use margin")
-        number(f"{path}.cap", guard.cap, 1e-9, inf)
-    if not isfinite(guard.margin) and guard.cap is None:
-        raise ConfigError(f"{path}.margin", "must be finite unless a cap is given")
+        number(f"{path}.cap", guard.cap, 1e-9, 1e9)

@@ -1,8 +1,8 @@
 """One rollout as a controller holds it: plan, state, evidence and the split in force, moved together.
 
-Still pure: parcels, times and what is known come in; what changed comes out as entries for the journal, written before
-they are acted upon. The whole is `to_dict` and back, so a controller that was killed goes on at the same step with the
-same evidence.
+Still pure: parcels, times and what is known come in; what changed comes out as entries for the journal, written
+before they are acted upon. Times are seconds of the wall clock, as in outcomes. The whole is `to_dict` and back, so
+a controller that was killed goes on at the same step with the same evidence.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ class Rollout:
         entry = Entry("order", now_s, f"{order} by {by}", {"command": order, "by": by})
         return [entry, *self._move(moved, actions)], actions
 
+    def supersede(self, canary: str, now_s: float, by: str) -> tuple[list[Entry], tuple[Action, ...]]:
+        """End this one for a new target; begin the next with this one's `split` as its base."""
+        return self.order("abort", now_s, f"{by} for a rollout to {canary}")
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -108,8 +112,10 @@ class Rollout:
 
     def _move(self, moved: State, actions: tuple[Action, ...]) -> list[Entry]:
         before, self.state = self.state, moved
+        serving = moved.phase in ("shadowing", "progressing")
+        new_step = serving and (before.phase == "pending" or before.step != moved.step)
         for action in actions:
-            self._deal(action, moved.seen_s)
+            self._deal(action, new_step)
         if (before.phase, before.step, before.freed) == (moved.phase, moved.step, moved.freed):
             return []
         facts = {
@@ -123,17 +129,18 @@ class Rollout:
         }
         return [Entry("transition", moved.seen_s, moved.reason, facts)]
 
-    def _deal(self, action: Action, now_s: float) -> None:
+    def _deal(self, action: Action, new_step: bool) -> None:
+        """The split that the action asks for. A new step has a revision of its own, even if it deals as before."""
         if action.kind not in ("traffic", "promote"):
             return
-        weight = 100.0 if action.kind == "promote" else action.weight
-        dealt = deal(self.base, self.plan, weight, promoted=action.kind == "promote", shadow_rate=action.shadow_rate)
-        if replace(dealt, revision=self.split.revision) == self.split:
+        promoted = action.kind == "promote"
+        dealt = deal(self.base, self.plan, action.weight, promoted=promoted, shadow_rate=action.shadow_rate)
+        if replace(dealt, revision=self.split.revision) == self.split and not new_step:
             return
         self.split = replace(dealt, revision=self.split.revision + 1)
-        if self.state.phase in ("shadowing", "progressing"):
+        if new_step:
             share = 100.0 * dealt.weights[self.plan.canary] / self._both(dealt)
-            self.evidence.begin_step(StepSeen(self.state.step, share, self.split.revision, now_s))
+            self.evidence.begin_step(StepSeen(self.state.step, share, self.split.revision, self.state.seen_s))
 
     def _both(self, split: Split) -> float:
         return split.weights[self.plan.canary] + split.weights[self.plan.stable]

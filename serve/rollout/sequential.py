@@ -32,18 +32,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import erfc, exp, inf, lgamma, log, log1p, sqrt
+from typing import Final
 
 __all__ = [
     "RATE_RATIOS",
     "beta_binomial_log_e",
     "critical_z",
+    "harm_log_e",
     "merge",
     "normal_mixture_log_e",
     "rate_ratio_log_e",
 ]
 
 # (rate ratio, share of the coin): mostly on what a broken build looks like, some on subtle and on total failure.
-RATE_RATIOS: tuple[tuple[float, float], ...] = ((1.4, 0.1), (1.7, 0.2), (2.2, 0.4), (3.5, 0.2), (10.0, 0.1))
+RATE_RATIOS: tuple[tuple[float, float], ...] = ((1.4, 0.15), (2.0, 0.5), (3.5, 0.2), (10.0, 0.15))
+
+_FAR: Final = 5.0
+_FAR_COIN: Final = 0.25
 
 
 def normal_mixture_log_e(excess: float, variance: float, scale: float) -> float:
@@ -56,6 +61,13 @@ def normal_mixture_log_e(excess: float, variance: float, scale: float) -> float:
     spread = scale * scale / (variance + scale * scale)
     z = excess / sqrt(variance) * sqrt(spread)
     return 0.5 * log1p(-spread) + 0.5 * z * z + _log_twice_normal_cdf(z)
+
+
+def harm_log_e(excess: float, variance: float, scale: float) -> float:
+    """The same bet with some of the coin on effects `_FAR` times larger, so that gross harm is found at once too."""
+    near = normal_mixture_log_e(excess, variance, scale)
+    far = normal_mixture_log_e(excess, variance, _FAR * scale)
+    return merge({"near": near, "far": far}, {"near": 1.0 - _FAR_COIN, "far": _FAR_COIN})
 
 
 def critical_z(variance: float, scale: float, alpha: float) -> float:

@@ -14,10 +14,10 @@ octaves of load alone left a difference of 4 % between equal servers, since one 
 
 The variance of the sum is then taken over clusters: the sum of squares of *sums per user*, and of *sums per block
 of time* (neighbouring blocks may resemble each other: Newey & West 1987), and combined as users + blocks - single
-scores (Cameron, Gelbach & Miller 2011, "Robust inference with multiway clustering"), never below any of the three.
-Scores are centred by the running estimate, or a real difference would look like dependence. A small number of
-blocks makes any such variance too small; `1 + 12 / blocks` follows the quantiles of Student's t at the thresholds
-used here.
+scores (Cameron, Gelbach & Miller 2011, "Robust inference with multiway clustering"), never below any of the three
+(failures: never below the last, to keep what little there is to count). Scores are centred by the running estimate,
+or a real difference would look like dependence. A small number of blocks makes any such variance too small; `1 + 12
+/ blocks` follows the quantiles of Student's t at the thresholds used here.
 
 A heavy user teaches little after many requests, so the k-th request of a unit counts `1 / (1 + discount * k)^2`: the
 total then saturates at 1 / discount, as the optimal weight of a cluster does. Memory is bounded: units are hashed into
@@ -34,15 +34,20 @@ __all__ = ["Sums"]
 _UNITS: Final = 4096
 _MEMORY: Final = 200  # requests that a stratum's running mean and share look back on
 _SHARE_PRIOR: Final = 20  # requests that the configured weight counts for in the running share
-_EFFECT_PRIOR: Final = 5.0
+_EFFECT_PRIOR: Final = 1.0
 _LOAD_PRIOR: Final = 0.005  # variance of the load (in octaves) below which no line is believed
 _FEW_BLOCKS: Final = 12.0
 
 
 @dataclass
 class Sums:
-    """Running sums of one quantity. Serializable as it stands: plain numbers, dicts and lists."""
+    """Running sums of one quantity. Serializable as it stands: plain numbers, dicts and lists.
 
+    lingering: neighbouring blocks of time may resemble each other, as latencies do; failures come in bursts instead,
+        which are dealt with before (`ledger.Bursts`), and an allowance for them would only be noise.
+    """
+
+    lingering: bool = True
     total: float = 0.0
     size: float = 0.0
     alone: float = 0.0
@@ -84,6 +89,8 @@ class Sums:
     @property
     def _clustered(self) -> float:
         together = self.by_unit + self.by_block - self.alone
+        if not self.lingering:
+            return max(self.alone, together)
         return max(self.by_unit, self.by_block, self.alone, together)
 
     def add_contrast(
@@ -145,7 +152,7 @@ class Sums:
     def _enter(self, block: int) -> None:
         """Blocks only move forward: what comes late joins the current one, which errs on the side of caution."""
         if self.block is None or block > self.block:
-            self.block_before = self.block_sum if block - 1 == self.block else 0.0
+            self.block_before = self.block_sum if self.lingering and block - 1 == self.block else 0.0
             self.block, self.block_sum, self.blocks = block, 0.0, self.blocks + 1
 
     def _count(self, value: float, canary: bool) -> None:

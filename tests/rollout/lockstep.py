@@ -17,8 +17,8 @@ from serve.rollout.plan import Plan
 from serve.rollout.sequential import RATE_RATIOS
 from tests.rollout.simulation import Arrivals, Bools, Effect, Floats, Ints, Steps, World, simulate
 
-_MEMORY, _SHARE_PRIOR, _EFFECT_PRIOR, _FEW_BLOCKS = 200.0, 20.0, 5.0, 12.0
-_STRATA = 64
+_MEMORY, _SHARE_PRIOR, _EFFECT_PRIOR, _FEW_BLOCKS = 200.0, 20.0, 1.0, 12.0
+_STRATA = 160
 _SUMS = (
     "total", "size", "alone", "by_unit", "by_block", "nominal", "blocks", "block_sum", "block_before", "n_canary",
     "n_stable", "value_sum",
@@ -97,7 +97,7 @@ class _Judge:
         self.shape = shape
         self.pairs = np.arange(shape[0] * rollouts).reshape(shape)
         self.level = _column(measure.kind == "level" for measure in self.measures).astype(bool)
-        self.loaded = _column(name in LATENCIES for name in self.names).astype(bool)
+        self.loaded = _column(name in ("ttft", "itl", "e2e") for name in self.names).astype(bool)
         self.rate = np.array([measure.kind == "rate" for measure in self.measures])
         self.two_sided = np.array([measure.two_sided for measure in self.measures])
         self.discount = _column(measure.discount for measure in self.measures)
@@ -135,8 +135,8 @@ class _Judge:
         """Bets against "no worse than tolerated"; with `bound` quickly, and at most a little too large."""
         estimate, variance, enough = self._estimate()
         two = self.two_sided
-        harm = _mixture(estimate - self.tolerance, variance, self.scale, bound)
-        other = _mixture(-estimate[two] - self.tolerance[two], variance[two], self.scale[two], bound)
+        harm = _harm(estimate - self.tolerance, variance, self.scale, bound)
+        other = _harm(-estimate[two] - self.tolerance[two], variance[two], self.scale[two], bound)
         harm[two] = np.logaddexp(harm[two], other) - log(2.0)
         harm = np.where(enough, harm, 0.0)
         nominal, clustered = self.nominal[self.rate], self._clustered()[self.rate]
@@ -164,7 +164,8 @@ class _Judge:
 
     def _clustered(self) -> Floats:
         together = self.by_unit + self.by_block - self.alone
-        return np.maximum(np.maximum(self.by_unit, self.by_block), np.maximum(self.alone, together))
+        either = np.where(self.rate[:, None], 0.0, np.maximum(self.by_unit, self.by_block))
+        return np.maximum(either, np.maximum(self.alone, together))
 
     def _begin(self, step: int) -> None:
         self.step = step
@@ -177,14 +178,15 @@ class _Judge:
 
     def _read(self, a: Arrivals) -> tuple[Floats, Bools, Ints]:
         ok = ~a.failed
-        load, prompt = _bucket(a.running + 1, 2.0), _bucket(a.prompt_tokens, 4.0)
-        answer = _bucket(a.completion_tokens, 2.0)
+        load, prompt = _bucket(a.running + 1, 2.0, 8), _bucket(a.prompt_tokens, 2.0, 17)
+        answer = _bucket(a.completion_tokens, 1.5, 20)
         zero = np.zeros_like(load)
         rows = {
             "error_rate": (a.failed, np.ones_like(ok), zero),
-            "ttft": (np.log(a.ttft_s), ok, 8 * load + prompt),
-            "itl": (np.log(a.itl_s), ok, 8 * load),
-            "e2e": (np.log(a.e2e_s), ok, 8 * load + answer),
+            "ttft": (np.log(a.ttft_s), ok, 20 * load + prompt),
+            "itl": (np.log(a.itl_s), ok, load),
+            "e2e": (np.log(a.e2e_s), ok, 20 * load + answer),
+            "e2e_own_load": (np.log(a.e2e_s), ok, answer),
             "output_length": (np.log(a.completion_tokens), ok, zero),
             "kl_divergence": (a.kl_nats, ~np.isnan(a.kl_nats), zero),
             "top1_agreement": (-a.top1, ~np.isnan(a.top1), zero),
@@ -199,7 +201,7 @@ class _Judge:
         self, value: Floats, keep: Bools, stratum: Ints, canary: Bools, block: Floats, user: Ints, load: Floats
     ) -> Floats:
         new = keep & (block > self.block)
-        next_door = new & (block == self.block + 1.0)
+        next_door = new & (block == self.block + 1.0) & ~self.rate[:, None]
         self.block_before = np.where(new, np.where(next_door, self.block_sum, 0.0), self.block_before)
         self.block_sum[new] = 0.0
         self.blocks += new
@@ -287,8 +289,14 @@ def _column(values: object) -> Floats:
     return np.array(list(values), dtype=float)[:, None]  # type: ignore[call-overload]
 
 
-def _bucket(value: Floats | Ints, base: float) -> Ints:
-    return np.minimum((np.log(np.maximum(value, 1.0)) / log(base) + 1e-9).astype(np.int64), 7)
+def _bucket(value: Floats | Ints, base: float, count: int) -> Ints:
+    return np.minimum((np.log(np.maximum(value, 1.0)) / log(base) + 1e-9).astype(np.int64), count - 1)
+
+
+def _harm(excess: Floats, variance: Floats, scale: Floats, bound: bool) -> Floats:
+    """`harm_log_e` on arrays."""
+    near, far = (_mixture(excess, variance, size * scale, bound) for size in (1.0, 5.0))
+    return np.logaddexp(near + log(0.75), far + log(0.25))
 
 
 def _mixture(excess: Floats, variance: Floats, scale: Floats, bound: bool = False) -> Floats:

@@ -29,7 +29,7 @@ class World:
     zipf: float = 1.0
     user_deviation: float = 0.3  # of a user's habits, log scale: answer length, and a third of it in speed
     luck_deviation: float = 0.3  # of a user's own failure rate, log scale
-    rate_per_s: float = 6.0
+    rate_per_s: float = 5.0
     drift: float = 0.6  # amplitude of the day, relative
     day_s: float = 3600.0
     batch_limit: int = 24
@@ -38,7 +38,7 @@ class World:
     lingering_s: float = 30.0
     noise_deviation: float = 0.15
     failure_rate: float = 0.01
-    hangs_per_hour: float = 0.5  # per server
+    hangs_per_hour: float = 0.25  # per server
     hang_s: float = 20.0
     cold_s: float = 20.0
     cold_factor: float = 3.0

@@ -172,9 +172,9 @@ def test_repeated_and_late_parcels_count_every_request_once(order: list[int], si
     assert json.dumps(again.to_dict()) == json.dumps(seen.to_dict())
 
 
-def test_memory_is_bounded_by_a_million_units() -> None:
+def test_memory_is_bounded_however_many_units_come() -> None:
     seen = evidence()
-    for n in range(3000):
+    for n in range(1000):
         first = 10 * n
         users = [
             outcome(first + k, at_s=20.0 + n, unit=f"{(first + k) * 2654435761 % 2**64:016x}") for k in range(1, 11)
