@@ -59,7 +59,8 @@ def test_both_readmes_show_the_same_commands_configuration_and_figures() -> None
     def shape(text: str) -> list[str]:
         code = re.findall(r"^    \S[^\n]*$|^```.*?^```$", text, re.MULTILINE | re.DOTALL)
         without_comments = [re.sub(r"\s+#.*$", "", block, flags=re.MULTILINE) for block in code]
-        figures = re.findall(r"^\|.*\d+\.\d+.*\|$", text, re.MULTILINE)
+        rows = re.findall(r"^\|.*\|$", text, re.MULTILINE)
+        figures = [figure for row in rows for figure in re.findall(r"\d+(?:\.\d+)?", row)]
         return [*without_comments, *figures]
 
     assert shape(english) == shape(chinese)
