@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,21 +32,21 @@ def run(progress: Progress, work: Callable[Concatenate[Progress, P], T], *args: 
 
     Function, arguments and result cross over pickled. A result made of plain types keeps this process light.
     """
-    ours, theirs = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_child, args=(theirs, work, args, kwargs), daemon=True
-    )
-    with _deaf():
-        process.start()
-    theirs.close()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, work, args, kwargs), daemon=True)
     try:
+        with _interrupts_held():
+            process.start()
+        theirs.close()
         kind, found = _listen(ours, progress)
     except EOFError:
         process.join()
         raise SetupError(f"the process that {_purpose(work)} {_cause(process.exitcode or 0)}") from None
     finally:
-        process.terminate()
-        process.join()
+        if process.pid is not None:
+            process.terminate()
+            process.join()
         ours.close()
     if kind == "raised":
         raise found
@@ -72,13 +73,17 @@ def _child(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """A process started meanwhile never hears Ctrl-C, which the terminal sends to all: its parent ends it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """A process started meanwhile never hears Ctrl-C, which the terminal sends to all: its parent ends it.
+
+    Blocked rather than ignored, so that one that comes in this moment reaches the parent right after.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it now, and it unblocks what is blocked here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _purpose(work: Callable[..., Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -52,4 +53,16 @@ def test_a_process_that_is_killed_becomes_one_line_that_says_so() -> None:
 
 def test_only_the_parent_hears_an_interrupt() -> None:
     assert run(silent, ignores_interrupts)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_interrupt_while_the_process_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SpawnProcess.start
+
+    def interrupted(process: SpawnProcess) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(silent, tell_and_add, 1, b=2)
