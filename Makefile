@@ -43,8 +43,9 @@ format: install-dev  ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Two workers, a whole file each: the tests that wait and those that compute share two cores well.
 test: check  ## Check, then run every test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 12 $(ARGS)
 
 test-fast: install-dev  ## Only the fast tests
 	$(BIN)/python -m pytest -m "not slow and not cluster and not browser" $(ARGS)
