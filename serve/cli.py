@@ -30,11 +30,6 @@ app = typer.Typer(
 _DEFAULT_RECIPES = ["bf16", "int8", "nf4"]
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps the commands commands while there is only one."""
-
-
 @app.command()
 def serve(
     config: Annotated[
