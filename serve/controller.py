@@ -17,7 +17,7 @@ from serve.config import Config
 from serve.errors import ConfigError
 from serve.heartbeat import IngressBeat, ReplicaBeat, VariantState, View
 from serve.metrics import Ledger, Recorder, Snapshot, VariantLabels
-from serve.rollout import Split
+from serve.rollout import Split, kl_guard_nats
 
 __all__ = ["Controller"]
 
@@ -147,6 +147,8 @@ class Controller:
             labels = VariantLabels(self._config.model_name, state.name, state.precision)
             weight = serving.weights.get(state.name, 0.0) if serving else 0.0
             recorder.set(metrics.TRAFFIC_WEIGHT, labels, weight / 100.0)
+            if state.name != self._split.stable:
+                recorder.set(metrics.DRIFT_GUARD, labels, kl_guard_nats(state.precision))
             for kind in ("loading", "ready", "failed"):
                 recorder.set(metrics.REPLICAS, labels, self._count(state.name, kind), kind)
         return recorder.snapshot()

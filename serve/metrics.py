@@ -26,6 +26,9 @@ _PREFIX = "halftone_"
 _VARIANT = ("model_name", "variant", "precision")
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _FIRST_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+_NATS = (
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
 _REQUEST_S = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -85,10 +88,23 @@ COMPRESSION = Metric("compression_ratio", "gauge", "Bytes at 16 bit over stored 
 LOAD = Metric("load_seconds", "gauge", "Seconds to load, by stage", extra=("stage",), merge="max")
 REPLICAS = Metric("replicas", "gauge", "Replicas by state", extra=("state",))
 TRAFFIC_WEIGHT = Metric("traffic_weight_ratio", "gauge", "Share of routed requests in force", merge="max")
+DRIFT_KL = Metric("drift_kl_divergence_nats", "histogram", "KL(reference || variant) of a scored token", buckets=_NATS)
+DRIFT_GUARD = Metric("drift_kl_divergence_guard_nats", "gauge", "Mean KL up to which the variant is within its guard")
+DRIFT_TOKENS = Metric("drift_tokens_total", "counter", "Tokens scored again on the reference")
+DRIFT_AGREEMENTS = Metric("drift_top1_agreements_total", "counter", "Scored tokens with the same first choice")
+DRIFT_NLL_VARIANT = Metric("drift_nll_variant_nats_total", "counter", "Their negative log likelihood by the variant")
+DRIFT_NLL_REFERENCE = Metric("drift_nll_reference_nats_total", "counter", "The same by the reference")
+DRIFT_SAMPLES = Metric("drift_samples_total", "counter", "Requests scored again on the reference")
+SHADOW = Metric("shadow_requests_total", "counter", "Requests mirrored to the variant, by result", extra=("result",))
+ENERGY = Metric("energy_joules_total", "counter", "Energy taken while the variant generated")
+ROLLOUT_PHASE = Metric("rollout_phase", "gauge", "1 for the phase that the canary's rollout is in", extra=("phase",))
+ROLLOUT_VERDICTS = Metric("rollout_verdicts_total", "counter", "Verdicts on the canary", extra=("verdict",))
 
 METRICS: tuple[Metric, ...] = (
     TTFT, ITL, TPOT, E2E, QUEUE, RUNNING, WAITING, KV_USAGE, PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS, ERRORS,
     PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, MEMORY, PEAK_LOAD, BITS, COMPRESSION, LOAD, REPLICAS, TRAFFIC_WEIGHT,
+    DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NLL_VARIANT, DRIFT_NLL_REFERENCE, DRIFT_SAMPLES,
+    SHADOW, ENERGY, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from serve.controller import Controller
 from serve.errors import ConfigError
 from serve.heartbeat import IngressBeat, ReplicaBeat, State, serving
 from serve.metrics import Recorder, VariantLabels
-from serve.rollout import Batch, Split
+from serve.rollout import Batch, Split, kl_guard_nats
 
 CONFIG: Config = parse_config(
     {
@@ -136,6 +136,13 @@ def test_the_weight_in_force_is_told_beside_the_configured_one(controller: Contr
 
 NAMES = ["a", "b", "c", "d"]
 shares = st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any)
+
+
+def test_every_variant_but_the_stable_one_tells_the_guard_of_its_precision(controller: Controller) -> None:
+    text = controller.metrics(ingress())
+    name = "halftone_drift_kl_divergence_guard_nats"
+    assert f'{name}{{model_name="m",precision="int8",variant="int8"}} {kl_guard_nats("int8")}' in text
+    assert text.count(f"{name}{{") == 1
 
 
 @given(shares=shares, stable=st.sampled_from(NAMES), ready=st.sets(st.sampled_from(NAMES)))

@@ -7,7 +7,7 @@ from serve.rollout.evidence import Evidence, Rules, StepSeen
 from serve.rollout.judge import Finding, Verdict, judge
 from serve.rollout.machine import Action, Known, State, canary_weight
 from serve.rollout.outcome import Batch, Drift, Outcome
-from serve.rollout.plan import Expected, Guard, Hard, Plan, Shadow, Step, plan_for
+from serve.rollout.plan import Expected, Guard, Hard, Plan, Shadow, Step, kl_guard_nats, plan_for
 from serve.rollout.rollout import Entry, Rollout, deal
 from serve.rollout.split import Assignment, Route, Split, assign, shadows, unit_hash
 
@@ -38,6 +38,7 @@ __all__ = [
     "canary_weight",
     "deal",
     "judge",
+    "kl_guard_nats",
     "plan_for",
     "shadows",
     "unit_hash",

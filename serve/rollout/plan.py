@@ -201,6 +201,12 @@ def plan_for(
     return Plan.from_dict({**values, "guards": {name: asdict(guard) for name, guard in guards.items()}})
 
 
+def kl_guard_nats(precision: str, expected: Expected | None = None) -> float:
+    """The mean KL, in nats per token, up to which a variant is within the guard that `plan_for` gives it."""
+    guard = _quality_guards(expected or Expected(), _TYPICAL[_family(precision)])["kl_divergence"]
+    return guard.expected + guard.margin
+
+
 def _quality_guards(given: Expected, typical: Expected) -> dict[str, Guard]:
     """Half as much again as expected, and never less than what live sampling cannot tell apart.
 

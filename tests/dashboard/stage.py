@@ -17,6 +17,7 @@ from serve.api import Call, ModelCard, ModelState
 from serve.errors import ConfigError, UnknownModel, VariantUnavailable
 from serve.generation import Delta, Disclosure, Event, GenerationRequest, Prompt, PromptDelta, Tokenized, TokenLogprob
 from serve.metrics import Ledger, Recorder, VariantLabels
+from serve.rollout import kl_guard_nats
 
 MODEL = "storyteller"
 STORY = [
@@ -71,13 +72,12 @@ class Stage:
 
     def reset(self) -> None:
         """`gate` holds tokens back, from position `gate_from` on, until it is set; `refusing` names a variant that
-        turns calls away; `beside` is metrics text of what this server does not count yet."""
+        turns calls away."""
         self.variants_ = {variant.name: variant for variant in default_variants()}
         self.recorder = Recorder()
         self.calls: list[Call] = []
         self.dealt: list[dict[str, float]] = []
         self.refusing: str | None = None
-        self.beside = ""
         self.gate: asyncio.Event | None = None
         self.gate_from = 0
         self.revision = 0
@@ -95,6 +95,14 @@ class Stage:
             self.recorder.observe(metrics.E2E, labels, first_s + variant.gap_s * slower * (tokens - 1))
             self.recorder.add(metrics.GENERATION_TOKENS, labels, tokens)
             self.recorder.add(metrics.SUCCESS, labels, 1, "stop")
+
+    def drifted(self, name: str, tokens: int, kl_nats: float, agreeing: int) -> None:
+        """Score tokens that a variant served as if the reference had just read them."""
+        labels = self.variants_[name].labels
+        self.recorder.observe(metrics.DRIFT_KL, labels, kl_nats, tokens)
+        self.recorder.add(metrics.DRIFT_TOKENS, labels, tokens)
+        self.recorder.add(metrics.DRIFT_AGREEMENTS, labels, agreeing)
+        self.recorder.add(metrics.DRIFT_SAMPLES, labels)
 
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(MODEL, "ready", context_length=512), *map(_card, self.variants_.values())]
@@ -130,7 +138,7 @@ class Stage:
                 self._gauges(variant)
         ledger = Ledger()
         ledger.update("stage", self.recorder.snapshot())
-        return ledger.render() + self.beside
+        return ledger.render()
 
     async def variants(self) -> Sequence[Mapping[str, Any]]:
         return [
@@ -167,6 +175,7 @@ class Stage:
         self.recorder.set(metrics.LOAD, labels, 1.4, "compress")
         self.recorder.set(metrics.KV_USAGE, labels, 0.25)
         self.recorder.set(metrics.RUNNING, labels, 2)
+        self.recorder.set(metrics.DRIFT_GUARD, labels, kl_guard_nats(variant.name))
         self.recorder.set(metrics.TRAFFIC_WEIGHT, labels, variant.weight / 100)
 
 

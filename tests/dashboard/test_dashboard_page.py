@@ -120,14 +120,7 @@ def test_drift_appears_once_it_is_measured(server: Server, page: Page) -> None:
     open_page(page, server)
     expect(page.locator("#drift")).to_be_hidden()
     expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_hidden()
-    server.stage.beside = (
-        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="0.01"} 60\n'
-        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="0.1"} 100\n'
-        'halftone_drift_kl_divergence_nats_bucket{variant="nf4",le="+Inf"} 100\n'
-        'halftone_drift_kl_divergence_nats_sum{variant="nf4"} 2.5\n'
-        'halftone_drift_tokens_total{variant="nf4"} 100\n'
-        'halftone_drift_top1_agreements_total{variant="nf4"} 91\n'
-    )
+    server.stage.drifted("nf4", tokens=100, kl_nats=0.025, agreeing=91)
     row = page.locator("#drift tbody tr")
     expect(row).to_contain_text("0.025")
     expect(row).to_contain_text("91 %")

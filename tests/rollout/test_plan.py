@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.errors import ConfigError
-from serve.rollout import Expected, Plan, Shadow, Step, plan_for
+from serve.rollout import Expected, Plan, Shadow, Step, kl_guard_nats, plan_for
 from serve.rollout.estimate import Traffic, estimate
 from serve.rollout.measures import MEASURES
 
@@ -116,3 +116,9 @@ def test_a_wider_margin_needs_fewer_requests_and_a_larger_scatter_more(margin: f
         return next(need.pass_requests for need in needs if need.guard == "ttft")
 
     assert needed(margin * factor, 0.5) <= needed(margin, 0.5) <= needed(margin, 0.5 * factor)
+
+
+def test_the_guard_that_is_shown_is_the_one_that_a_rollout_judges_by() -> None:
+    for precision in ("bf16", "int8", "nf4", "something"):
+        guard = plan_for("bf16", "canary", precision).guards["kl_divergence"]
+        assert guard.limits(MEASURES["kl_divergence"])[1] == kl_guard_nats(precision)

@@ -4,7 +4,7 @@ import { TimeChart } from "../charts.js";
 import { el, keyed, setText } from "../dom.js";
 import { count, number, percent } from "../format.js";
 import { markOf, seriesClass } from "../palette.js";
-import { quantile } from "../prometheus.js";
+import { observations, quantile } from "../prometheus.js";
 import { Recorder } from "../recorder.js";
 import { panel } from "./panel.js";
 
@@ -37,7 +37,7 @@ export function driftPanel() {
   );
 }
 
-const measured = ({ variants }) => variants.filter((variant) => variant.drift !== null);
+const measured = ({ variants }) => variants.filter((variant) => observations(variant.drift) > 0);
 
 function makeRow(variant) {
   const name = el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
