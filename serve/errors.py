@@ -7,7 +7,9 @@ HalftoneError
 │   ├── Unauthorized            401
 │   ├── Forbidden               403
 │   ├── UnknownModel            404
+│   ├── NotFound                404
 │   ├── RequestTimeout          408
+│   ├── Conflict                409
 │   ├── RequestTooLarge         413
 │   └── HeadersTooLarge         431
 ├── ServiceError                ours or the moment's: retrying may help
@@ -35,12 +37,14 @@ __all__ = [
     "CheckpointError",
     "CompressionError",
     "ConfigError",
+    "Conflict",
     "ContextLengthExceeded",
     "Forbidden",
     "GenerationFailed",
     "HalftoneError",
     "HeadersTooLarge",
     "InvalidRequest",
+    "NotFound",
     "Overloaded",
     "RecipeError",
     "RequestError",
@@ -123,6 +127,25 @@ class UnknownModel(RequestError):
 
     def __init__(self, message: str, *, param: str | None = "model") -> None:
         super().__init__(message, param=param, code="model_not_found")
+
+
+class NotFound(RequestError):
+    """An experiment or a rollout that this server does not know."""
+
+    status = 404
+    type = "not_found_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="not_found")
+
+
+class Conflict(RequestError):
+    """It contradicts what is under way, such as an experiment while a rollout runs; the message says what to end."""
+
+    status = 409
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="conflict")
 
 
 class RequestTimeout(RequestError):
