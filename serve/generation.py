@@ -88,6 +88,8 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     """0 serves a user; higher numbers yield to lower ones (drift scoring, shadow calls)."""
+    cache_salt: str = ""
+    """Requests share the computation of a common beginning only under the same salt: it keeps tenants apart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from serve.errors import Forbidden, Unauthorized
 
-__all__ = ["PUBLIC_PATHS", "Keys", "authorize", "is_admin"]
+__all__ = ["PUBLIC_PATHS", "Keys", "authorize", "is_admin", "tenant"]
 
 PUBLIC_PATHS: Final = frozenset({"/health", "/ready"})
 """What an orchestrator probes without a key."""
@@ -60,6 +60,12 @@ def authorize(scope: Mapping[str, Any], keys: Keys, public_paths: Collection[str
         return
     if presented is None or not keys.opens_api(presented):
         raise Unauthorized("a known API key is needed: send the header 'Authorization: Bearer KEY'")
+
+
+def tenant(headers: Mapping[str, str], keys: Keys) -> str:
+    """A name for whoever presented a key, which reveals nothing of the key; "" where no keys are needed."""
+    presented = _presented({b"authorization": headers.get("authorization", "").encode("latin-1")})
+    return sha256(b"tenant" + presented).hexdigest()[:16] if keys.api and presented else ""
 
 
 def is_admin(path: str) -> bool:

@@ -38,6 +38,7 @@ class Answer:
         self._vocabulary = vocabulary
         self._end_ids = end_ids
         self._params = request.params
+        self._first = sequences[0]
         self._prompt = tuple(sequences[0].tokens)
         self._streams = [TextStream(vocabulary, self._prompt, request.params) for _ in sequences]
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
@@ -118,10 +119,11 @@ class Answer:
         return scored or not self.open_sequences
 
     def _prompt_delta(self) -> PromptDelta:
+        cached_tokens = self._first.num_reused
         if self._params.prompt_logprobs is None:
-            return PromptDelta(self.request_id, self._prompt)
+            return PromptDelta(self.request_id, self._prompt, cached_tokens=cached_tokens)
         text = self._vocabulary.decode(self._prompt, skip_special_tokens=self._params.skip_special_tokens)
-        return PromptDelta(self.request_id, self._prompt, text, tuple(self._prompt_logprobs))
+        return PromptDelta(self.request_id, self._prompt, text, tuple(self._prompt_logprobs), cached_tokens)
 
 
 def _timing(sequence: Sequence, now_s: float) -> Timing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,8 @@ class EngineCore:
             kv_bytes_per_token=bytes_per_token,
             free_bytes=free_bytes(self._runner.device),
         )
+        if not self._runner.rope_is_static:
+            self.settings = replace(self.settings, prefix_cache=False)
         num_blocks = (self.settings.kv_cache_bytes or 0) // (self.settings.block_size * bytes_per_token)
         self._cache = KVCache(layers, num_blocks, self.settings.block_size)
         self.path = self._quicken(model, layers)
@@ -156,6 +158,9 @@ class EngineCore:
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now_s
                 sequence.running_when_scheduled = len(self._scheduler.running)
+                sequence.num_reused = chunk.start
+                self._counters.prefix_cache_queries += sequence.num_prompt_tokens if self.settings.prefix_cache else 0
+                self._counters.prefix_cache_hits += chunk.start
                 self._counters.prompt_tokens += sequence.num_prompt_tokens if sequence.choice_index == 0 else 0
 
     def _record(self, plan: Plan, inputs: StepInputs, logits: Tensor) -> list[Event]:
@@ -182,6 +187,9 @@ class EngineCore:
         sequences = [chunk.sequence for chunk in inputs.sampling]
         if not sequences:
             return
+        for sequence in sequences:
+            if sequence.request_id not in broken:
+                self._scheduler.register(sequence)
         tokens = choose(logits, sequences, sorted(self._end_ids))
         logprobs = _output_logprobs(logits, sequences, tokens)
         now_s = time.perf_counter()

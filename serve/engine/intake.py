@@ -52,7 +52,7 @@ def sequences_of(
     prompt = _token_ids(request)
     room = (settings.max_model_len or 0) - len(prompt)
     max_tokens = room if request.params.max_tokens is None else request.params.max_tokens
-    return [
+    sequences = [
         Sequence(
             request_id=request.request_id,
             choice_index=index,
@@ -63,9 +63,13 @@ def sequences_of(
             arrival=first_arrival + index,
             priority=request.priority,
             submitted_s=submitted_s,
+            cache_salt=request.cache_salt,
         )
         for index in range(request.n)
     ]
+    for follower in sequences[1:]:
+        follower.leader = sequences[0]
+    return sequences
 
 
 def context_tokens(config: Any) -> int:

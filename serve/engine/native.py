@@ -43,6 +43,7 @@ class NativeRunner:
     """Has the surface of `Runner` that the engine uses after start."""
 
     rope_switch_tokens = None
+    rope_is_static = True
 
     def __init__(self, decoder: Decoder) -> None:
         self.device = torch.device("cpu")

@@ -35,6 +35,8 @@ class PerSequenceRope:
         longs = [_threshold(module) for module in self._modules if "longrope" in _rope_types(module)]
         self.switch_tokens = min(longs, default=None)
         """The longest text with the short frequencies; None where there is nothing to switch."""
+        self.is_static = not self._modules
+        """Whether a token is embedded alike however long its text is, so that equal beginnings have equal keys."""
         for module in self._modules:
             module.forward = self._per_length(module, module.forward)
 

@@ -24,6 +24,7 @@ class Runner:
         self.device = next(model.parameters()).device
         self._rope = PerSequenceRope(model)
         self.rope_switch_tokens = self._rope.switch_tokens
+        self.rope_is_static = self._rope.is_static
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def run(self, inputs: StepInputs, cache: KVCache) -> Tensor:

@@ -3,6 +3,8 @@
 Continuous batching (Orca, OSDI 2022) over paged blocks (arXiv 2309.06180) with chunked prefill (arXiv 2308.16369):
 every running sequence gets its next token each step, what is left of the token budget goes to prompts in chunks, and
 a sequence that needs a block when none is free preempts the youngest one, which later computes its tokens again.
+A sequence whose beginning lies in registered blocks starts behind it (see `blocks`), and the further choices of a
+request wait until the first has computed their common prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from heapq import merge
 
 from serve.engine.blocks import BlockPool, blocks_for
+from serve.engine.prefix import block_keys
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
 
@@ -48,6 +51,7 @@ class Scheduler:
 
     def __init__(self, settings: EngineSettings, pool: BlockPool, *, max_scored_tokens: int = 256) -> None:
         self._settings = settings
+        self._block_size = settings.block_size
         self._pool = pool
         self._max_scored_tokens = max_scored_tokens
         self.waiting: list[Sequence] = []
@@ -58,7 +62,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_rank)
 
     def finish(self, sequence: Sequence) -> list[int]:
-        """Forget a sequence, finished or aborted; returns the blocks it gave back."""
+        """Forget a sequence, finished or aborted; returns the blocks it gave back that nobody can read any more."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         return self._release(sequence)
 
@@ -74,7 +78,7 @@ class Scheduler:
         for sequence in merge(begun, waiting, key=_rank):
             if sequence in begun:
                 self._plan_running(step, sequence)
-            else:
+            elif not self._awaits_leader(sequence):
                 blocked = blocked or not self._admit(step, sequence)
         return Plan(tuple(step.chunks.values()), tuple(step.preempted))
 
@@ -83,6 +87,16 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.sequence.num_computed = chunk.stop
             chunk.sequence.num_scored = max(chunk.sequence.num_scored, chunk.scored.stop)
+
+    def register(self, sequence: Sequence) -> None:
+        """Its logits were finite, so what it has computed may be read by others: every full block of it."""
+        full = sequence.num_computed // self._block_size
+        if not self._settings.prefix_cache or full <= sequence.num_registered:
+            return
+        keys = block_keys(sequence, self._block_size, full)
+        for index in range(sequence.num_registered, full):
+            self._pool.register(sequence.blocks[index], keys[index])
+        sequence.num_registered = full
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits at its rank and computes its tokens again."""
@@ -98,7 +112,7 @@ class Scheduler:
 
     def _make_room(self, step: _Step, sequence: Sequence) -> bool:
         """Blocks for all known tokens, from younger sequences if need be; False if it had to give up its own."""
-        missing = blocks_for(sequence.num_tokens, self._settings.block_size) - len(sequence.blocks)
+        missing = blocks_for(sequence.num_tokens, self._block_size) - len(sequence.blocks)
         while missing > self._pool.num_free:
             victim = self.running[-1]
             step.drop(victim)
@@ -110,16 +124,40 @@ class Scheduler:
 
     def _admit(self, step: _Step, sequence: Sequence) -> bool:
         """Let the first that waits run, or say that it must wait on: nobody overtakes it."""
+        self._reuse(sequence)
         length = step.affordable(sequence)
         # Blocks for all known tokens at once: a prompt that was begun never waits for blocks in the middle.
-        needed = blocks_for(sequence.num_tokens, self._settings.block_size)
+        needed = blocks_for(sequence.num_tokens, self._block_size) - len(sequence.blocks)
         if not length or not self._make_way(step, sequence, needed):
+            self._release(sequence)
             return False
         self.waiting.remove(sequence)
-        sequence.blocks = self._pool.allocate(needed)
+        sequence.blocks += self._pool.allocate(needed)
         insort(self.running, sequence, key=_rank)
         step.take(sequence, length)
         return True
+
+    def _awaits_leader(self, sequence: Sequence) -> bool:
+        """Whether another choice of its request is just computing full blocks that it could read."""
+        leader = sequence.leader
+        return (
+            leader is not None
+            and self._settings.prefix_cache
+            and leader in self.running
+            and leader.num_computed < leader.num_prompt_tokens
+            and sequence.num_prompt_tokens > self._block_size
+        )
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Begin behind the blocks that are there. The last token is computed in any case: its logits are wanted."""
+        unscored = sequence.scores_prompt and sequence.num_scored < sequence.num_prompt_tokens - 1
+        if unscored or not self._settings.prefix_cache:
+            return
+        keys = block_keys(sequence, self._block_size, (sequence.num_tokens - 1) // self._block_size)
+        sequence.blocks = self._pool.find(keys)
+        self._pool.share(sequence.blocks)
+        sequence.num_registered = len(sequence.blocks)
+        sequence.num_computed = len(sequence.blocks) * self._block_size
 
     def _make_way(self, step: _Step, sequence: Sequence, needed: int) -> bool:
         """A place and `needed` blocks for a sequence that waits, if need be from those of lower priority."""
@@ -129,7 +167,7 @@ class Scheduler:
         wanted = needed + staying
         if staying >= self._settings.max_num_seqs:
             return False
-        if self._pool.num_free + sum(len(s.blocks) for s in yielding) < wanted:
+        if self._pool.num_free + self._pool.num_freed_by(s.blocks for s in yielding) < wanted:
             return False
         while len(self.running) >= self._settings.max_num_seqs or self._pool.num_free < wanted:
             victim = yielding.pop()
@@ -138,9 +176,8 @@ class Scheduler:
         return True
 
     def _release(self, sequence: Sequence) -> list[int]:
-        blocks, sequence.blocks, sequence.num_computed = sequence.blocks, [], 0
-        self._pool.free(blocks)
-        return blocks
+        blocks, sequence.blocks, sequence.num_computed, sequence.num_registered = sequence.blocks, [], 0, 0
+        return self._pool.free(blocks)
 
 
 class _Step:

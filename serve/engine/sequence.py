@@ -26,9 +26,19 @@ class Sequence:
     arrival: int
     priority: int = 0
     submitted_s: float = 0.0
+    cache_salt: str = ""
+    """Only sequences with the same salt read each other's KV blocks."""
+    leader: Sequence | None = None
+    """The first choice of the same request: what it computes of the prompt need not be computed again."""
 
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Names of its full blocks, as far as they were needed (see `prefix`)."""
+    num_registered: int = 0
+    """Its first blocks that others may read."""
     num_computed: int = 0
+    num_reused: int = 0
+    """Tokens whose keys and values were there when it was first scheduled."""
     rope_tokens: int = 0
     """Positions are embedded for a context of at least this many tokens: the prompt's, in whatever chunks it comes."""
     num_scored: int = 0

@@ -32,6 +32,8 @@ class EngineSettings:
     """Sequences that may wait before further requests are refused."""
     threads: int | None = None
     """Torch threads of the engine's thread; None leaves torch's default."""
+    prefix_cache: bool = True
+    """Keep the KV blocks of past texts while memory allows, and compute a beginning that comes again only once."""
     native: bool = True
     """Run covered models on the compiled kernels where there are any; the plain path serves everything else."""
 

@@ -245,3 +245,13 @@ def test_odd_requests_leave_the_server_alive(rim: Rim, http: httpx.Client, reque
         client.sendall(request_)
         client.recv(100)
     assert http.post("/v1/completions", json=BODY).json()["choices"][0]["text"] == "".join(ANSWER)
+
+
+def test_callers_with_different_keys_never_share_a_computed_beginning(locked: Rim, door: httpx.Client) -> None:
+    def salt(key: str, **body: Any) -> str:
+        assert door.post("/v1/completions", json=BODY | body, headers=bearer(key)).status_code == 200
+        return locked.backend.calls[-1].requests[0].cache_salt
+
+    assert salt("sk-one") == salt("sk-one") != salt("sk-two")
+    assert salt("sk-one", cache_salt="a") != salt("sk-one", cache_salt="b")
+    assert "sk-one" not in salt("sk-one")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -19,9 +21,13 @@ def settings(**changes: int) -> EngineSettings:
     return EngineSettings(**limits | {"block_size": BLOCK} | changes)
 
 
-def sequence(arrival: int, prompt: int, output: int = 10, *, priority: int = 0, scored: bool = False) -> Sequence:
+def sequence(
+    arrival: int, prompt: int, output: int = 10, *, priority: int = 0, scored: bool = False, text: int | None = None
+) -> Sequence:
+    """text: sequences of the same text begin alike; by default each has its own."""
     params = SamplingParams(prompt_logprobs=0 if scored else None)
-    return Sequence(f"r{arrival}", 0, [1] * prompt, prompt, params, output, arrival, priority)
+    tokens = [arrival if text is None else text] * prompt
+    return Sequence(f"r{arrival}", 0, tokens, prompt, params, output, arrival, priority)
 
 
 def run(scheduler: Scheduler) -> Plan:
@@ -30,6 +36,7 @@ def run(scheduler: Scheduler) -> Plan:
     scheduler.record(plan)
     for chunk in plan.chunks:
         if chunk.samples:
+            scheduler.register(chunk.sequence)
             chunk.sequence.tokens.append(1)
     return plan
 
@@ -102,6 +109,76 @@ def test_a_prompt_that_is_computed_again_is_scored_once() -> None:
     assert [len(chunk.scored) for chunk in run(scheduler).chunks] == [0]
 
 
+def test_a_beginning_that_was_computed_is_not_computed_again() -> None:
+    scheduler = Scheduler(settings(), BlockPool(BLOCKS))
+    first, second = sequence(0, 10, text=7), sequence(1, 14, text=7)
+    scheduler.add(first)
+    run(scheduler)
+    scheduler.add(second)
+    assert lengths(run(scheduler)) == {0: 1, 1: 6}
+    assert second.blocks[:2] == first.blocks[:2]
+    assert second.blocks[2] != first.blocks[2], "a block that is not full is its owner's alone"
+
+
+def test_a_whole_prompt_that_is_known_still_computes_its_last_token() -> None:
+    scheduler = Scheduler(settings(), BlockPool(BLOCKS))
+    for arrival in range(2):
+        scheduler.add(sequence(arrival, 8, text=7))
+        plan = run(scheduler)
+    assert lengths(plan) == {0: 1, 1: 4}
+
+
+def test_blocks_of_a_finished_text_are_found_until_their_memory_is_needed() -> None:
+    pool = BlockPool(BLOCKS)
+    scheduler = Scheduler(settings(), pool)
+    done = sequence(0, 12, text=7)
+    scheduler.add(done)
+    run(scheduler)
+    scheduler.finish(done)
+    assert pool.num_used == 0
+    again = sequence(1, 12, text=7)
+    scheduler.add(again)
+    assert lengths(run(scheduler)) == {1: 4}
+    scheduler.finish(again)
+    crowd = sequence(2, 15 * 3)
+    crowd.max_tokens = 1
+    scheduler.add(crowd)
+    while crowd.num_pending != 1:
+        run(scheduler)
+    scheduler.finish(crowd)
+    late = sequence(3, 12, text=7)
+    scheduler.add(late)
+    assert lengths(run(scheduler)) == {3: 12}
+
+
+def test_other_salts_share_nothing() -> None:
+    scheduler = Scheduler(settings(), BlockPool(BLOCKS))
+    for arrival, salt in enumerate("ab"):
+        new = sequence(arrival, 8, text=7)
+        new.cache_salt = salt
+        scheduler.add(new)
+        plan = run(scheduler)
+    assert lengths(plan) == {0: 1, 1: 6}
+
+
+def test_further_choices_wait_for_the_first_to_compute_their_prompt_and_let_others_pass() -> None:
+    scheduler = Scheduler(settings(max_num_batched_tokens=20), BlockPool(BLOCKS))
+    leader, follower, other = sequence(0, 14, text=7), sequence(1, 14, text=7), sequence(2, 3)
+    follower.leader = leader
+    for new in (leader, follower, other):
+        scheduler.add(new)
+    assert lengths(run(scheduler)) == {0: 14, 2: 3}
+    assert lengths(run(scheduler)) == {0: 1, 2: 1, 1: 2}
+
+
+def test_a_scored_prompt_reads_no_blocks_for_every_position_has_logits_to_give() -> None:
+    scheduler = Scheduler(settings(), BlockPool(BLOCKS))
+    for arrival, scored in enumerate((False, True)):
+        scheduler.add(sequence(arrival, 8, text=7, scored=scored))
+        plan = run(scheduler)
+    assert [list(chunk.scored) for chunk in plan.chunks if chunk.sequence.arrival == 1] == [list(range(6))]
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5])
 def test_blocks_for_rounds_up(tokens: int) -> None:
     assert blocks_for(tokens, 4) * 4 >= tokens > (blocks_for(tokens, 4) - 1) * 4
@@ -123,12 +200,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         output=st.integers(0, 8),
         priority=st.integers(0, 1),
         scored=st.booleans(),
+        text=st.integers(0, 2),
+        choices=st.integers(1, 2),
     )
-    def arrive(self, prompt: int, output: int, priority: int, scored: bool) -> None:
-        new = sequence(self.arrivals, prompt, output, priority=priority, scored=scored)
-        self.arrivals += 1
-        self.open.append(new)
-        self.scheduler.add(new)
+    def arrive(self, prompt: int, output: int, priority: int, scored: bool, text: int, choices: int) -> None:
+        leader = None
+        for _ in range(choices):
+            new = sequence(self.arrivals, prompt, output, priority=priority, scored=scored and not leader, text=text)
+            new.leader, leader = leader, leader or new
+            self.arrivals += 1
+            self.open.append(new)
+            self.scheduler.add(new)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -159,6 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.record(plan)
         for chunk in plan.chunks:
             if chunk.samples:
+                self.scheduler.register(chunk.sequence)
                 chunk.sequence.tokens.append(1)
             done = chunk.sequence.num_output_tokens >= chunk.sequence.max_tokens
             if done and chunk.stop >= chunk.sequence.num_prompt_tokens:
@@ -190,11 +273,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.running == sorted(self.scheduler.running, key=lambda s: s.rank)
 
     @invariant()
-    def every_block_has_one_owner(self) -> None:
-        owned = [block for s in self.open for block in s.blocks]
-        assert len(owned) == len(set(owned)) == self.pool.num_used
+    def every_block_is_free_or_owned_and_only_equal_beginnings_share_one(self) -> None:
+        owned = {block for s in self.open for block in s.blocks}
+        assert len(owned) == self.pool.num_used
         assert NULL_BLOCK not in owned
         assert all(not s.blocks for s in self.scheduler.waiting)
+        texts: dict[int, list[int]] = {}
+        for s in self.open:
+            for index, block in enumerate(s.blocks):
+                text = s.tokens[: (index + 1) * BLOCK]
+                assert texts.setdefault(block, text) == text, "two texts in one block"
+            assert len(set(s.blocks)) == len(s.blocks)
+
+    @invariant()
+    def nobody_writes_into_a_block_that_others_read(self) -> None:
+        holders = Counter(block for s in self.open for block in s.blocks)
+        for s in self.scheduler.running:
+            writes = s.blocks[s.num_computed // BLOCK :]
+            assert all(holders[block] == 1 for block in writes)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from starlette.responses import Response
 
 from serve.api.answering import AnswerResponse
 from serve.api.answers import Plan, new_call_id
+from serve.api.auth import tenant
 from serve.api.backend import Backend, Call
 from serve.api.openapi import ERRORS, takes
 from serve.api.reading import read_json
@@ -35,7 +37,7 @@ def generation_routes(backend: Backend, settings: ApiSettings) -> APIRouter:
     async def answer(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> AnswerResponse:
         try:
             body = parse(kind, await read_json(request, settings.limits))
-            plan = _plan(body, request, settings.sticky)
+            plan = _plan(body, request, settings)
         except RequestError as error:
             backend.refused(error.status)
             raise
@@ -56,13 +58,15 @@ def generation_routes(backend: Backend, settings: ApiSettings) -> APIRouter:
     return router
 
 
-def _plan(body: ChatBody | CompletionBody, request: Request, sticky: StickySource) -> Plan:
+def _plan(body: ChatBody | CompletionBody, request: Request, settings: ApiSettings) -> Plan:
     call_id = new_call_id(body.kind)
+    # Callers with different keys never learn from the speed of an answer what others have asked.
+    salt = f"{tenant(request.headers, settings.keys)}/{body.cache_salt or ''}"
     call = Call(
         model=body.model,
-        requests=body.requests(call_id),
+        requests=tuple(replace(each, cache_salt=salt) for each in body.requests(call_id)),
         pin=request.headers.get("x-halftone-variant") or None,
-        sticky_key=_sticky_key(body, request, sticky),
+        sticky_key=_sticky_key(body, request, settings.sticky),
         stream=body.stream,
     )
     return Plan(

@@ -109,6 +109,7 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     prompt_logprobs: LogprobCount | None = None
     return_token_ids: Flag = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @property
     def choices(self) -> int:
