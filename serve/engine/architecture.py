@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serve.engine.attention import AttentionOptions
 from serve.engine.backend import NAME
 from serve.engine.blocks import blocks_for
+from serve.engine.head import tried_head
 from serve.engine.inputs import make_inputs
 from serve.engine.kv_cache import KVCache, LayerShape
 from serve.engine.runner import Runner
@@ -103,9 +104,12 @@ def _verify(runner: Runner, layers: list[LayerShape], prompts: list[list[int]], 
     cache = KVCache(layers, len(prompts) * blocks_for(max(_PROBE_LENGTHS), _PROBE_BLOCK_SIZE), _PROBE_BLOCK_SIZE)
     first, second = _probe_sequences(prompts)
     step = [_probe_chunk(first, 0, len(first.tokens)), _probe_chunk(second, 0, _PROBE_CUT)]
-    logits = [runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache)[0]]
+    logits = [runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache).logits[0]]
     step = [_probe_chunk(second, _PROBE_CUT, len(second.tokens))]
-    logits.append(runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache)[0])
+    found = runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache)
+    logits.append(found.logits[0])
+    if found.hidden is not None:
+        runner.head = tried_head(runner.model, found.hidden[-1:], found.logits, runner.logits_dtype)
     for ours, theirs in zip(logits, expected, strict=True):
         difference = float((ours - theirs).norm() / theirs.norm())
         if not difference <= _tolerance(layers[0].dtype):
@@ -146,4 +150,5 @@ def _probe_sequences(prompts: list[list[int]]) -> list[Sequence]:
 
 
 def _probe_chunk(sequence: Sequence, start: int, stop: int) -> Chunk:
-    return Chunk(sequence, start, stop - start, samples=stop == len(sequence.tokens))
+    kept = range(start, stop)
+    return Chunk(sequence, start, stop - start, samples=stop == len(sequence.tokens), kept=kept)

@@ -16,18 +16,20 @@ import torch
 from serve.engine.answer import Answer
 from serve.engine.architecture import adopt
 from serve.engine.blocks import BlockPool
+from serve.engine.head import Head
 from serve.engine.inputs import StepInputs, make_inputs
 from serve.engine.intake import context_tokens, end_token_ids, sequences_of
 from serve.engine.kv_cache import KVCache, LayerShape
 from serve.engine.memory import free_bytes
 from serve.engine.native import NativeRunner, accelerate
-from serve.engine.runner import Runner
+from serve.engine.runner import Runner, StepOutputs
 from serve.engine.sampler import RowLogprobs, choose, row_logprobs
 from serve.engine.scheduler import Chunk, Plan, Scheduler
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings, resolve
 from serve.engine.stats import Counters, EngineStats
 from serve.engine.vocabulary import Vocabulary
+from serve.engine.witness import Witness, show
 from serve.errors import GenerationFailed, HalftoneError
 from serve.generation import Event, Failure, GenerationRequest
 
@@ -77,7 +79,8 @@ class EngineCore:
         """Take the lean step where it covers the model; one line that says which path runs."""
         if not self.settings.native:
             return "plain path: switched off by the setting `native`"
-        runner = accelerate(model, layers, self._cache, self.settings.threads or torch.get_num_threads())
+        threads = self.settings.threads or torch.get_num_threads()
+        runner = accelerate(model, layers, self._cache, threads, self._runner.head)
         if isinstance(runner, str):
             return f"plain path: {runner}"
         self._runner = runner
@@ -89,13 +92,18 @@ class EngineCore:
         return not self._answers
 
     @property
+    def head(self) -> Head | None:
+        """The output head, where hidden states of this model can be turned into its logits."""
+        return self._runner.head
+
+    @property
     def num_waiting(self) -> int:
-        return len(self._scheduler.waiting)
+        return _num_answering(self._scheduler.waiting)
 
     def stats(self) -> EngineStats:
         """Counts as of the last step."""
         return EngineStats(
-            running=len(self._scheduler.running),
+            running=_num_answering(self._scheduler.running),
             waiting=self.num_waiting,
             kv_blocks_used=self._pool.num_used,
             kv_blocks_total=self._pool.num_blocks,
@@ -103,11 +111,11 @@ class EngineCore:
             **asdict(self._counters),
         )
 
-    def accept(self, request: GenerationRequest, submitted_s: float) -> list[Event]:
+    def accept(self, request: GenerationRequest, submitted_s: float, witness: Witness | None = None) -> list[Event]:
         """Take in a request that `intake.check` let through. The only event is a failure of ours."""
         try:
             assert request.request_id not in self._answers, "request ids are given out once"
-            sequences = sequences_of(request, self.settings, self._arrivals, submitted_s)
+            sequences = sequences_of(request, self.settings, self._arrivals, submitted_s, witness)
             answer = Answer(request, sequences, self._vocabulary, self._end_ids)
         except Exception:
             _logger.exception("a request could not be taken in")
@@ -138,8 +146,7 @@ class EngineCore:
                 return []
             self._note(plan)
             inputs = make_inputs(plan.chunks, self.settings.block_size, self._runner.device)
-            logits = self._runner.run(inputs, self._cache)
-            return self._record(plan, inputs, logits)
+            return self._record(plan, inputs, self._runner.run(inputs, self._cache))
         except Exception:
             _logger.exception("a step failed")
             return self._fail_step(plan)
@@ -163,10 +170,12 @@ class EngineCore:
                 self._counters.prefix_cache_hits += chunk.start
                 self._counters.prompt_tokens += sequence.num_prompt_tokens if sequence.choice_index == 0 else 0
 
-    def _record(self, plan: Plan, inputs: StepInputs, logits: Tensor) -> list[Event]:
+    def _record(self, plan: Plan, inputs: StepInputs, outputs: StepOutputs) -> list[Event]:
+        logits = outputs.logits
         self._scheduler.record(plan)
         broken = _broken(inputs, logits)
         events = self._fail(broken, _NOT_FINITE)
+        show(inputs, outputs)
         self._record_scores(inputs, logits[len(inputs.sampling) :], broken)
         self._record_tokens(inputs, logits[: len(inputs.sampling)], broken)
         self._end_unsampled(plan, broken)
@@ -178,7 +187,7 @@ class EngineCore:
         for chunk in inputs.scoring:
             sequence, rows = chunk.sequence, logits[row : row + len(chunk.scored)]
             row += len(chunk.scored)
-            if sequence.request_id not in broken:
+            if sequence.request_id not in broken and not sequence.only_scores:
                 targets = sequence.tokens[chunk.scored.start + 1 : chunk.scored.stop + 1]
                 count = sequence.params.prompt_logprobs or 0
                 self._answers[sequence.request_id].score(row_logprobs(rows, targets, [count] * len(targets)))
@@ -209,7 +218,10 @@ class EngineCore:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if sequence.max_tokens == 0 and chunk.stop == sequence.num_tokens and sequence.request_id not in broken:
-                self._scheduler.finish(sequence)
+                if sequence.only_scores:
+                    self._release(sequence)  # whether its numbers were finite is for the witness to say
+                else:
+                    self._scheduler.finish(sequence)
                 self._answers[sequence.request_id].end(sequence, "length", now_s)
 
     def _collect(self, request_ids: Iterable[str]) -> Iterator[Event]:
@@ -250,7 +262,13 @@ def _broken(inputs: StepInputs, logits: Tensor) -> set[str]:
         return set()
     owners = [chunk.sequence.request_id for chunk in inputs.sampling]
     owners += [chunk.sequence.request_id for chunk in inputs.scoring for _ in chunk.scored]
-    return {owner for owner, good in zip(owners, finite, strict=True) if not good}
+    excused = {chunk.sequence.request_id for chunk in inputs.scoring if chunk.sequence.only_scores}
+    return {owner for owner, good in zip(owners, finite, strict=True) if not good} - excused
+
+
+def _num_answering(sequences: Iterable[Sequence]) -> int:
+    """Those that somebody waits for."""
+    return sum(not sequence.only_scores for sequence in sequences)
 
 
 def _output_logprobs(logits: Tensor, sequences: list[Sequence], tokens: list[int]) -> dict[int, RowLogprobs]:

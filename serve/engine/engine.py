@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from serve.engine.core import EngineCore
+from serve.engine.head import Head
 from serve.engine.intake import check
 from serve.engine.settings import EngineSettings
 from serve.engine.stats import EngineStats
+from serve.engine.witness import Witness
 from serve.errors import Overloaded, VariantUnavailable
 from serve.generation import Event, GenerationRequest
 
@@ -48,7 +50,7 @@ class Engine:
         self._sink = sink
         self._wake = threading.Condition()
         """Guards what follows: the only state that two threads share."""
-        self._inbox: deque[tuple[GenerationRequest, float]] = deque()
+        self._inbox: deque[tuple[GenerationRequest, float, Witness | None]] = deque()
         self._aborts: deque[str] = deque()
         self._closing = False
         self._draining = False
@@ -63,8 +65,13 @@ class Engine:
         """False once its thread has ended, of itself or by `close`."""
         return self._thread.is_alive()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request whose prompt is token ids.
+    @property
+    def head(self) -> Head | None:
+        """The output head, for whoever turns hidden states into logits on the engine's thread."""
+        return self._core.head
+
+    def submit(self, request: GenerationRequest, witness: Witness | None = None) -> None:
+        """Queue a request whose prompt is token ids; `witness` looks on while its first choice is computed.
 
         Raises InvalidRequest, ContextLengthExceeded, Overloaded or VariantUnavailable; what is accepted always ends in
         a delta with a finish reason for each choice, or in one `Failure`.
@@ -78,7 +85,7 @@ class Engine:
                 raise Overloaded(
                     f"{waiting} sequences wait already; the queue holds {self.settings.max_queue}", retry_after_s=1.0
                 )
-            self._inbox.append((request, time.perf_counter()))
+            self._inbox.append((request, time.perf_counter(), witness))
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -108,7 +115,7 @@ class Engine:
             self.close(drain=False)
 
     def _num_submitted(self) -> int:
-        return sum(request.n for request, _ in self._inbox)
+        return sum(request.n for request, _, _ in self._inbox)
 
     # The engine's own thread
 
@@ -134,7 +141,7 @@ class Engine:
             submitted, aborted = list(self._inbox), list(self._aborts)
             self._inbox.clear()
             self._aborts.clear()
-        events = [event for request, submitted_s in submitted for event in self._core.accept(request, submitted_s)]
+        events = [event for entry in submitted for event in self._core.accept(*entry)]
         return events + [event for request_id in aborted for event in self._core.abort(request_id)]
 
     def _deliver(self, events: list[Event]) -> None:

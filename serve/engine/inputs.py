@@ -29,8 +29,10 @@ class StepInputs:
     slots: Tensor  # [N]
     groups: list[QueryGroup]
     logit_rows: Tensor  # [R]
+    hidden_rows: Tensor  # [K], whose hidden states a witness wants
     sampling: tuple[Chunk, ...]
     scoring: tuple[Chunk, ...]
+    keeping: tuple[Chunk, ...]
 
 
 def make_inputs(chunks: Iterable[Chunk], block_size: int, device: torch.device) -> StepInputs:
@@ -39,9 +41,11 @@ def make_inputs(chunks: Iterable[Chunk], block_size: int, device: torch.device) 
     starts = _starts(ordered)
     sampling = tuple(chunk for chunk in ordered if chunk.samples)
     scoring = tuple(chunk for chunk in ordered if chunk.scored)
+    keeping = tuple(chunk for chunk in ordered if chunk.kept)
     rows = [starts[chunk] + chunk.length - 1 for chunk in sampling]
     for chunk in scoring:
         rows += [starts[chunk] + position - chunk.start for position in chunk.scored]
+    kept = [starts[chunk] + position - chunk.start for chunk in keeping for position in chunk.kept]
     return StepInputs(
         token_ids=_row([t for chunk in ordered for t in chunk.sequence.tokens[chunk.start : chunk.stop]], device),
         positions=_row([p for chunk in ordered for p in range(chunk.start, chunk.stop)], device),
@@ -49,8 +53,10 @@ def make_inputs(chunks: Iterable[Chunk], block_size: int, device: torch.device) 
         slots=_row([slot for chunk in ordered for slot in _slots(chunk, block_size)], device)[0],
         groups=[_group(members, starts, block_size, device) for members in _members(ordered)],
         logit_rows=_row(rows, device)[0],
+        hidden_rows=_row(kept, device)[0],
         sampling=sampling,
         scoring=scoring,
+        keeping=keeping,
     )
 
 

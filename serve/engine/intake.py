@@ -7,6 +7,7 @@ from typing import Any
 from serve.engine.sequence import Sequence
 from serve.engine.settings import EngineSettings
 from serve.engine.vocabulary import Vocabulary
+from serve.engine.witness import Witness
 from serve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedArchitecture
 from serve.generation import GenerationRequest
 
@@ -46,9 +47,13 @@ def _check_length(prompt_tokens: int, max_tokens: int | None, context_tokens: in
 
 
 def sequences_of(
-    request: GenerationRequest, settings: EngineSettings, first_arrival: int, submitted_s: float
+    request: GenerationRequest,
+    settings: EngineSettings,
+    first_arrival: int,
+    submitted_s: float,
+    witness: Witness | None = None,
 ) -> list[Sequence]:
-    """One sequence per choice, of a request that `check` let through."""
+    """One sequence per choice, of a request that `check` let through; the witness sees the first."""
     prompt = _token_ids(request)
     room = (settings.max_model_len or 0) - len(prompt)
     max_tokens = room if request.params.max_tokens is None else request.params.max_tokens
@@ -64,6 +69,7 @@ def sequences_of(
             priority=request.priority,
             submitted_s=submitted_s,
             cache_salt=request.cache_salt,
+            witness=witness if index == 0 else None,
         )
         for index in range(request.n)
     ]

@@ -12,8 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from serve.engine.head import Head
 from serve.engine.inputs import StepInputs
 from serve.engine.kv_cache import KVCache, LayerShape
+from serve.engine.runner import StepOutputs
 from serve.kernels import Decoder, DecoderShape, LayerWeights, PackedLinear, Span, unavailable
 
 __all__ = ["COVERED", "NativeRunner", "accelerate"]
@@ -45,21 +47,27 @@ class NativeRunner:
     rope_switch_tokens = None
     rope_is_static = True
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, head: Head | None) -> None:
         self.device = torch.device("cpu")
+        self.head = head
         self._decoder = decoder
 
-    def run(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        """Logits of the needed rows, [R, vocab] in fp32. The step's keys and values are in the cache afterwards."""
+    def run(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
+        """What is needed of the step's rows. Their keys and values are in the cache afterwards."""
         spans = [
             Span(group.start + index * group.num_queries, group.num_queries, first, group.block_tables[index])
             for group in inputs.groups
             for index, first in enumerate(group.first_positions)
         ]
-        return self._decoder.step(inputs.token_ids[0], inputs.positions[0], spans, inputs.logit_rows)
+        logits, hidden = self._decoder.step(
+            inputs.token_ids[0], inputs.positions[0], spans, inputs.logit_rows, inputs.hidden_rows
+        )
+        return StepOutputs(logits, hidden.bfloat16() if inputs.keeping else None)  # the head reads them in bf16
 
 
-def accelerate(model: nn.Module, layers: list[LayerShape], cache: KVCache, threads: int) -> NativeRunner | str:
+def accelerate(
+    model: nn.Module, layers: list[LayerShape], cache: KVCache, threads: int, plain_head: Head | None = None
+) -> NativeRunner | str:
     """The model on the kernels; or, with the model untouched, the reason why it stays on the plain path."""
     reason = _reason_against(model, layers, cache)
     if reason is not None:
@@ -90,7 +98,10 @@ def accelerate(model: nn.Module, layers: list[LayerShape], cache: KVCache, threa
         sines=sines,
         threads=threads,
     )
-    return NativeRunner(decoder)
+    shared = None
+    if plain_head is not None and plain_head.dtype is torch.bfloat16:
+        shared = Head(plain_head.digest, plain_head.dtype, torch.float32, lambda rows: decoder.project(rows.float()))
+    return NativeRunner(decoder, shared)
 
 
 def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) -> str | None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from serve.engine.backend import Attender, PagedStep, attending
+from serve.engine.head import Head
 from serve.engine.inputs import StepInputs
 from serve.engine.kv_cache import KVCache
 from serve.engine.rope import PerSequenceRope
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "StepOutputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What a step computed of the rows that were asked for."""
+
+    logits: Tensor  # [R, vocab] in fp32
+    hidden: Tensor | None  # [K, hidden], as the head reads them; None where the model does not show them
 
 
 class Runner:
@@ -25,12 +36,18 @@ class Runner:
         self._rope = PerSequenceRope(model)
         self.rope_switch_tokens = self._rope.switch_tokens
         self.rope_is_static = self._rope.is_static
+        self.head: Head | None = None
+        """Set where what the model shows before its head is all that its logits are made of."""
+        self._states: Tensor | None = None
+        _watch_states(model, self._take_states)
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def run(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        """Logits of the needed rows, [R, vocab] in fp32. The step's keys and values are in the cache afterwards."""
+    def run(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
+        """What is needed of the step's rows. Their keys and values are in the cache afterwards."""
         with attending(PagedStep(cache, inputs.slots, inputs.groups)), self._rope.lengths(inputs.rope_lengths):
-            return self.forward(inputs.token_ids, inputs.positions, inputs.logit_rows)
+            logits = self.forward(inputs.token_ids, inputs.positions, inputs.logit_rows)
+        states, self._states = self._states, None
+        return StepOutputs(logits, None if states is None or not inputs.keeping else states[0, inputs.hidden_rows])
 
     def describe(self, attender: Attender, num_tokens: int = 4) -> None:
         """Show `attender` one forward pass over a few tokens."""
@@ -51,4 +68,22 @@ class Runner:
             **arguments,
         )
         logits = output.logits[0] if self._takes_rows else output.logits[0, logit_rows]
+        self.logits_dtype = logits.dtype
         return logits.float()  # type: ignore[no-any-return]
+
+    def _take_states(self, states: Tensor) -> None:
+        self._states = states
+
+
+def _watch_states(model: nn.Module, take: Callable[[Tensor], None]) -> None:
+    """Show `take` what the model's body hands to its head, `[1, N, hidden]`, at each forward pass."""
+    body = getattr(model, "base_model", model)
+    if body is model:
+        return
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        states = getattr(output, "last_hidden_state", None)
+        if isinstance(states, Tensor):
+            take(states)
+
+    body.register_forward_hook(hook)

@@ -20,6 +20,9 @@ from serve.engine.settings import EngineSettings
 
 __all__ = ["Chunk", "Plan", "Scheduler"]
 
+_SCORED_BESIDE_DECODE = 32
+"""Tokens per step that are scored for nobody's answer while others decode: they must hardly notice."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -31,7 +34,9 @@ class Chunk:
     samples: bool
     """Whether its last position predicts a token that is not known yet."""
     scored: range = range(0)
-    """Positions whose logits become prompt logprobs."""
+    """Prompt positions whose logits are wanted: for prompt logprobs, or by a witness."""
+    kept: range = range(0)
+    """Positions whose hidden states a witness wants."""
 
     @property
     def stop(self) -> int:
@@ -76,6 +81,8 @@ class Scheduler:
         waiting = [] if step.preempted else self.waiting[: self._settings.max_num_seqs]
         blocked = False
         for sequence in merge(begun, waiting, key=_rank):
+            if sequence.only_scores and (blocked or step.computes_prompts):
+                continue  # it yields to everybody who waits for a first token
             if sequence in begun:
                 self._plan_running(step, sequence)
             elif not self._awaits_leader(sequence):
@@ -87,6 +94,7 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.sequence.num_computed = chunk.stop
             chunk.sequence.num_scored = max(chunk.sequence.num_scored, chunk.scored.stop)
+            chunk.sequence.num_kept = max(chunk.sequence.num_kept, chunk.kept.stop)
 
     def register(self, sequence: Sequence) -> None:
         """Its logits were finite, so what it has computed may be read by others: every full block of it."""
@@ -189,6 +197,7 @@ class _Step:
         self._scored = max_scored_tokens
         self._prefill_used = 0
         self._decodes = False
+        self.computes_prompts = False
         self.chunks: dict[Sequence, Chunk] = {}
         self.preempted: list[Sequence] = []
 
@@ -201,6 +210,8 @@ class _Step:
             limits.append(self._prefill_beside_decode - self._prefill_used)
         if sequence.scores_prompt:
             limits.append(self._scored)
+        if sequence.only_scores and self._decodes:
+            limits.append(_SCORED_BESIDE_DECODE - self._prefill_used)
         return max(min(limits), 0)
 
     def take(self, sequence: Sequence, length: int) -> None:
@@ -212,6 +223,7 @@ class _Step:
             self._decodes = True
         else:
             self._prefill_used += length
+            self.computes_prompts |= not sequence.only_scores
 
     def drop(self, victim: Sequence) -> None:
         self.chunks.pop(victim, None)
@@ -220,14 +232,16 @@ class _Step:
 
 def _chunk(sequence: Sequence, length: int) -> Chunk:
     start, stop = sequence.num_computed, sequence.num_computed + length
-    scored = range(0)
+    scored, kept = range(0), range(0)
     if sequence.scores_prompt:
         # Position p predicts token p + 1; the last prompt token predicts the first output token.
-        first, last = max(start, sequence.num_scored), min(stop, sequence.num_prompt_tokens - 1)
-        scored = range(first, max(first, last))
-    return Chunk(
-        sequence, start, length, samples=stop == sequence.num_tokens and sequence.max_tokens > 0, scored=scored
-    )
+        first = max(start, sequence.num_scored, sequence.first_scored)
+        scored = range(first, max(first, min(stop, sequence.num_prompt_tokens - 1)))
+    if sequence.keeps_hidden:
+        first = max(start, sequence.num_kept)
+        kept = range(first, max(first, stop))
+    samples = stop == sequence.num_tokens and sequence.max_tokens > 0
+    return Chunk(sequence, start, length, samples=samples, scored=scored, kept=kept)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serve.engine.witness import Witness
 from serve.generation import SamplingParams
 
 __all__ = ["Sequence"]
@@ -30,6 +31,7 @@ class Sequence:
     """Only sequences with the same salt read each other's KV blocks."""
     leader: Sequence | None = None
     """The first choice of the same request: what it computes of the prompt need not be computed again."""
+    witness: Witness | None = None
 
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
@@ -42,7 +44,9 @@ class Sequence:
     rope_tokens: int = 0
     """Positions are embedded for a context of at least this many tokens: the prompt's, in whatever chunks it comes."""
     num_scored: int = 0
-    """Prompt positions whose logits have been turned into prompt logprobs."""
+    """Prompt positions whose logits have been turned into prompt logprobs, or were shown to the witness."""
+    num_kept: int = 0
+    """Positions whose hidden states the witness has seen."""
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     running_when_scheduled: int = 0
@@ -75,4 +79,17 @@ class Sequence:
     @property
     def scores_prompt(self) -> bool:
         """Whether prompt logprobs are asked for: choices of one request share those of the first."""
-        return self.params.prompt_logprobs is not None and self.choice_index == 0
+        return self.only_scores or (self.params.prompt_logprobs is not None and self.choice_index == 0)
+
+    @property
+    def only_scores(self) -> bool:
+        """A text that is scored for its witness alone: nobody waits for it."""
+        return self.witness is not None and self.witness.wants == "prompt_logits"
+
+    @property
+    def first_scored(self) -> int:
+        return self.witness.first if self.witness is not None and self.only_scores else 0
+
+    @property
+    def keeps_hidden(self) -> bool:
+        return self.witness is not None and self.witness.wants == "hidden"

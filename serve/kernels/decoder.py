@@ -114,9 +114,12 @@ class Decoder:
         if decoder := getattr(self, "_decoder", None):
             library().ht_decoder_free(decoder)
 
-    def step(self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span], logit_rows: Tensor) -> Tensor:
-        """token_ids, positions: int64 `[N]`; logit_rows: int64 `[R]`. Returns float32 `[R, vocabulary]`.
+    def step(
+        self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span], logit_rows: Tensor, hidden_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """token_ids, positions: int64 `[N]`; logit_rows: int64 `[R]`; hidden_rows: int64 `[K]`.
 
+        Returns float32 logits `[R, vocabulary]`, and what the head would read of the other rows: float32 `[K, hidden]`.
         The new keys and values are in the cache afterwards.
         """
         ranges = (SpanRange * len(spans))(
@@ -125,6 +128,7 @@ class Decoder:
         lengths = torch.tensor([span.num_rows for span in spans])
         row_spans = torch.repeat_interleave(torch.arange(len(spans)), lengths)
         logits = torch.empty(len(logit_rows), self.vocabulary)
+        hidden = torch.empty(len(hidden_rows), self._model.hidden)
         step = Step(
             num_rows=len(token_ids),
             num_spans=len(spans),
@@ -135,8 +139,17 @@ class Decoder:
             spans=ctypes.addressof(ranges),
             row_spans=address(row_spans, torch.int64),
             logits=address(logits),
+            num_hidden=len(hidden_rows),
+            hidden_rows=address(hidden_rows, torch.int64),
+            hidden=address(hidden),
         )
         library().ht_decode(self._decoder, byref(step))
+        return logits, hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The head alone. hidden: float32 `[R, hidden]`, normalized; returns float32 `[R, vocabulary]`."""
+        logits = torch.empty(len(hidden), self.vocabulary)
+        library().ht_project(self._decoder, address(hidden, torch.float32), len(hidden), address(logits))
         return logits
 
 

@@ -83,6 +83,8 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_rows", "num_spans", "num_logits")),
         *((n, c_void_p) for n in ("token_ids", "positions", "logit_rows", "spans", "row_spans", "logits")),
+        ("num_hidden", c_int64),
+        *((n, c_void_p) for n in ("hidden_rows", "hidden")),
     )
 
 
@@ -97,6 +99,7 @@ _SIGNATURES = {
     "ht_decoder": ([c_void_p, POINTER(Model)], c_void_p),
     "ht_decoder_free": ([c_void_p], None),
     "ht_decode": ([c_void_p, POINTER(Step)], None),
+    "ht_project": ([c_void_p, c_void_p, c_int64, c_void_p], None),
 }
 
 

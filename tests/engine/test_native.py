@@ -20,6 +20,7 @@ from transformers import (
 
 from serve.kernels import unavailable
 from tests.engine.conftest import Answered, Desk, tiny_llama
+from tests.engine.test_witness import Seen, watch
 
 Desks = Callable[..., Desk]
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels: {unavailable()}")
@@ -142,3 +143,17 @@ def test_a_dense_weight_is_not_held_twice(desks: Desks) -> None:
     desks(model)
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert all(linear.weight.numel() == 0 for linear in linears)
+
+
+def test_hidden_states_that_are_handed_out_make_the_very_logits_that_were_served(desks: Desks) -> None:
+    desk = desks(llama(tie_word_embeddings=True))
+    assert desk.engine.path == "native path"
+    head = desk.engine.head
+    assert head is not None
+    hidden, logits = Seen("hidden"), Seen("prompt_logits")
+    text = prompt_of(70)
+    for name, witness in (("hidden", hidden), ("logits", logits)):
+        watch(desk, name, text, witness, max_tokens=0)
+    desk.wait("hidden", "logits")
+    assert hidden.positions == list(range(70))
+    assert torch.equal(head.project(hidden.all()[:69]), logits.all())

@@ -38,6 +38,9 @@ struct Step {
   const Span* spans;
   const int64_t* row_spans;  // which span a row belongs to
   float* logits;             // [num_logits][vocabulary]
+  int64_t num_hidden;
+  const int64_t* hidden_rows;
+  float* hidden;  // [num_hidden][hidden], after the final norm
 };
 
 class Decoder {
@@ -49,6 +52,15 @@ class Decoder {
   void run(const Step& step) {
     reserve(step.num_rows, step.num_logits);
     team_.run([&](int thread) { decode(*threads_[thread], step); });
+  }
+
+  // Logits of rows that are normalized already, wherever they come from.
+  void project(const float* hidden, int64_t rows, float* logits) {
+    reserve(0, rows);
+    team_.run([&](int thread) {
+      threads_[thread]->turn = 0;
+      head(*threads_[thread], hidden, rows, nullptr, logits);
+    });
   }
 
  private:
@@ -92,14 +104,24 @@ class Decoder {
     });
     team_.barrier();
     for (int64_t i = 0; i < m_.num_layers; ++i) layer(t, m_.layers[i], step);
-    team_.deal(t.turn++, step.num_logits, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        std::copy_n(&x_[step.logit_rows[r] * m_.hidden], m_.hidden, &last_[r * m_.hidden]);
+    team_.deal(t.turn++, step.num_logits + step.num_hidden, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t kept = r - step.num_logits;
+        if (kept < 0)
+          std::copy_n(&x_[step.logit_rows[r] * m_.hidden], m_.hidden, &last_[r * m_.hidden]);
+        else
+          normalize(&x_[step.hidden_rows[kept] * m_.hidden], m_.final_norm, m_.hidden, m_.epsilon,
+                    step.hidden + kept * m_.hidden);
+      }
     });
     team_.barrier();
     if (step.num_logits == 0) return t.shape.release();
-    Activations& a = prepare(t, last_.data(), step.num_logits, m_.hidden, m_.final_norm, {&m_.head});
-    multiply(t, a, step.num_logits, {{&m_.head, step.logits, m_.head.outputs, false}});
+    head(t, last_.data(), step.num_logits, m_.final_norm, step.logits);
+  }
+
+  void head(Thread& t, const float* x, int64_t rows, const float* norm, float* logits) {
+    Activations& a = prepare(t, x, rows, m_.hidden, norm, {&m_.head});
+    multiply(t, a, rows, {{&m_.head, logits, m_.head.outputs, false}});
     t.shape.release();
   }
 

@@ -95,6 +95,9 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
 void* ht_decoder(void* team, const Model* model) { return new Decoder(*static_cast<Team*>(team), *model); }
 void ht_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 void ht_decode(void* decoder, const Step* step) { static_cast<Decoder*>(decoder)->run(*step); }
+void ht_project(void* decoder, const float* hidden, int64_t rows, float* logits) {
+  static_cast<Decoder*>(decoder)->project(hidden, rows, logits);
+}
 
 }  // extern "C"
 #pragma GCC visibility pop
