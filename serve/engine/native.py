@@ -119,7 +119,7 @@ def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) 
         "its layers differ in shape": any(layer != first for layer in layers),
         "its heads are not 32 to 256 wide in steps of 32": first.key_size % 32 != 0 or first.key_size > 256,
         "its keys and values differ in width": first.key_size != first.value_size,
-        "KV blocks are not 16 tokens or a multiple": cache.block_size % 16 != 0,
+        "KV blocks are not 32 tokens or a multiple": cache.block_size % 32 != 0,
         "its activation is not SiLU": config.hidden_act not in ("silu", "swish"),
         "its rotary embedding changes with the length": getattr(rope, "rope_type", None) not in _STATIC_ROPE,
     }

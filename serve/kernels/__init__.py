@@ -1,4 +1,4 @@
-"""Products and a whole decoder step in C++, for CPUs with tile registers (Intel AMX); optional.
+"""Products and a whole decoder step in C++, for CPUs with AVX-512 (BF16, VNNI) or Intel AMX; optional.
 
 Knows tensors and number formats, neither recipes nor models nor requests. Where there is no such CPU or no compiler,
 `unavailable()` says why, and everything else in Halftone runs on its plain path.

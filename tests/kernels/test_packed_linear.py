@@ -1,4 +1,4 @@
-"""The tile products against float64 arithmetic on the same stored numbers."""
+"""The products against float64 arithmetic on the same stored numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The integer format that round-to-nearest, GPTQ and AWQ share: packed codes, and a scale per row and group of columns.
 
 `serve.compression.formats.integer_grid` says what the codes mean, `packing` how they lie in memory. One kernel per
-format: our tile product where the CPU has tile registers and the activations are bf16, at every number of rows.
+format: our product where this CPU has `serve.kernels` and the activations are bf16, at every number of rows.
 Elsewhere up to `KERNEL_BATCH` rows of activations go through torch's packed int4 product; more rows (and other widths,
 group sizes and devices) through a bounded tile of unpacked rows and a GEMM. All multiply by
 
@@ -84,7 +84,7 @@ class GroupedLinear(CompressedLinear):
     @property
     def kernel(self) -> str:
         if self.packed is not None:
-            return "int4 tiles"
+            return "int4 packed"
         tiled = f"int{self.grid.bits} tiles + GEMM"
         return tiled if self._kernel_grid is None else f"torch int4pack (tiles + GEMM above {KERNEL_BATCH} rows)"
 

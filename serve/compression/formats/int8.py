@@ -6,7 +6,7 @@ the batch. The two scales are multiplied back in afterwards:
 
     y[t, o] = (sum_i q_x[t, i] q_w[o, i]) * scale_w[o] * scale_x[t] + bias[o]
 
-Kernels: our tile product where the CPU has tile registers and the activations are bf16; oneDNN's VNNI product where the
+Kernels: our product where this CPU has `serve.kernels` and the activations are bf16; oneDNN's VNNI product where the
 CPU has it (it wants *unsigned* activations: the stored byte is q + 128, zero point 128); `_int_mm` elsewhere. All give
 the same integers as the reference.
 """
@@ -74,7 +74,7 @@ class Int8Linear(CompressedLinear):
     @property
     def kernel(self) -> str:
         if self.packed is not None:
-            return "int8 tiles"
+            return "int8 packed"
         return "int8 onednn.qlinear_pointwise" if self._packed is not None else "int8 _int_mm"
 
     def storage(self) -> Storage:

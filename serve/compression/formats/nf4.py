@@ -5,7 +5,7 @@ et al., arXiv 2305.14314). The matrix is cut, row after row, into blocks of `blo
 largest magnitude and every value replaced by its nearest level's index, two to a byte. *Double quantization* stores the
 blocks' scales in 8 bits as well, in blocks of 256 with one offset: 4.5 bits per weight become 4.13.
 
-Kernels: our tile product where the CPU has tile registers; bitsandbytes' fused product on CPUs with AVX512-BF16 and on
+Kernels: our product where this CPU has `serve.kernels`; bitsandbytes' fused product on CPUs with AVX512-BF16 and on
 CUDA; elsewhere the layer's weight is decoded for each call and thrown away. Both CPU kernels want their own packing and
 scales in bf16, ours the levels too. No 16-bit copy is kept anywhere.
 """
@@ -91,7 +91,7 @@ class Nf4Linear(CompressedLinear):
     @property
     def kernel(self) -> str:
         if self.packed is not None:
-            return "nf4 tiles"
+            return "nf4 packed"
         if self._packed is not None or self.weight.is_cuda:
             return "nf4 bitsandbytes.gemv_4bit"
         return "nf4 decoded per call"

@@ -2,9 +2,9 @@
 
     bits per weight = 1 + 16 * (share that stays)        9 at 50 %, against 16
 
-The layout is the same whatever pattern the zeros form. Kernels: where the CPU has tile registers and the activations
-are bf16, vectors of weights are spread between their zeros in registers on the way to the product, so that decoding
-reads those 9 bits and not 16. Elsewhere a bounded tile of rows is spread and multiplied, which is slower than dense.
+The layout is the same whatever pattern the zeros form. Kernels: where this CPU has ours (`serve.kernels`) and
+the activations are bf16, vectors of weights are spread between their zeros in registers on the way to the product, so
+that decoding reads those 9 bits and not 16. Elsewhere some rows are spread at a time, slower than dense.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SparseLinear(CompressedLinear):
 
     @property
     def kernel(self) -> str:
-        return "sparse tiles" if self.packed is not None else "sparse rows + GEMM"
+        return "sparse packed" if self.packed is not None else "sparse rows + GEMM"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and x.dtype is torch.bfloat16:

@@ -1,152 +1,109 @@
-// Attention over a paged KV cache with tile products and an online softmax (arXiv 1805.02867, 2205.14135).
+// Attention over a paged KV cache with an online softmax (arXiv 1805.02867, 2205.14135).
+//
+// A block of the cache is laid out as packed weights are, 32 keys a panel, so that scores and weighted sums are the same
+// product as every linear: keys are the columns of q K^T, and 32 dimensions of the values the columns of p V.
+//   keys    [head_dim / 2][32 keys][2]
+//   values  [head_dim / 32][32 keys / 2][32 dimensions][2]
 //
 // A task takes one key/value head and up to 16 query rows of one sequence: the query heads that share the head, for as
 // many tokens as fit. It walks the keys 32 at a time from position 0, so the order of every sum depends on the position
 // of a token and on nothing else in the batch, however its prompt was chunked.
-//
-// Scores are computed transposed, S^T = K Q^T: keys lie in the cache just as the first operand wants them, and a query
-// is one lane of a vector, so that maximum, exponential and sum need no shuffles.
 #pragma once
-#include <algorithm>
-
-#include "tiles.h"
-#include "vectors.h"
+#include "product.h"
 
 namespace halftone {
 
-constexpr int kKeyStep = 32;
+constexpr int kKeys = 32, kQueryRows = 16, kLargestHead = 256;
 
-// One layer's cache: [kv_heads][blocks][block_size][head_dim] in bf16, block_size a multiple of 16.
+// One layer's cache: [kv_heads][blocks][block_size / 32] panels of keys and of values, 32 x width numbers each.
 struct Cache {
   bf16* keys;
   bf16* values;
-  int64_t head_stride, block_size, head_dim;
+  int64_t head_stride, block_size, width;  // width: head_dim, padded with zeros to a multiple of 32
 
-  int64_t at(int64_t head, const int64_t* blocks, int64_t position) const {
-    return head * head_stride + (blocks[position / block_size] * block_size + position % block_size) * head_dim;
+  int64_t panel(int64_t head, const int64_t* blocks, int64_t position) const {
+    return head * head_stride + (blocks[position / block_size] * block_size + position % block_size / kKeys * kKeys) * width;
+  }
+
+  void store(int64_t head, const int64_t* blocks, int64_t position, const bf16* key, const bf16* value) const {
+    const int64_t at = panel(head, blocks, position), slot = position % kKeys;
+    for (int64_t i = 0; i < width; i += 2) std::memcpy(keys + at + i * kKeys + slot * 2, key + i, 4);
+    for (int64_t i = 0; i < width; ++i)
+      values[at + i / 32 * 32 * kKeys + slot / 2 * 64 + i % 32 * 2 + slot % 2] = value[i];
   }
 };
 
 struct AttentionRoom {
-  alignas(64) bf16 query[8][16 * 32];      // [head_dim / 32] tiles of 16 pairs x 16 queries
-  alignas(64) bf16 weights[16 * 32];       // softmax weights, [16 queries][32 keys]
-  alignas(64) bf16 value[16 * 32];         // [16 key pairs][16 dimensions][2]
-  alignas(64) float scores[kKeyStep * 16];
-  alignas(64) float tile[16 * 16];
-  alignas(64) float out[16 * 256];         // [16 queries][head_dim]
-  alignas(64) float shrink[16];
+  alignas(64) float scores[kQueryRows][kKeys];
+  alignas(64) bf16 weights[kQueryRows][kKeys];
+  alignas(64) float out[kLargestHead / 32][kQueryRows][32];
+  float highest[kQueryRows], total[kQueryRows];
 };
 
-inline void configure_attention() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-  settle(&config);
-  _tile_loadconfig(&config);
-}
-
-// Rows of a tile: query r belongs to token r / group at `first_position + r / group`.
+// Query row r, `width` numbers at `queries + r * width`, belongs to the token at positions[r].
 struct QueryRows {
-  const bf16* rows[16];
-  float* out[16];
-  int64_t positions[16];
+  const bf16* queries;
+  float* out[kQueryRows];
+  int64_t positions[kQueryRows];
   int count;
 };
 
-inline void load_queries(AttentionRoom& room, const QueryRows& q, int64_t head_dim) {
-  for (int64_t step = 0; step < head_dim / 32; ++step) {
-    __m512i words[16];
-    for (int r = 0; r < 16; ++r) words[r] = r < q.count ? _mm512_loadu_si512(q.rows[r] + step * 32) : _mm512_setzero_si512();
-    transpose(words);
-    for (int pair = 0; pair < 16; ++pair) _mm512_store_si512(room.query[step] + pair * 32, words[pair]);
+// Scores become softmax weights under the highest score so far; what was summed before shrinks accordingly.
+inline void weigh(AttentionRoom& room, const QueryRows& q, int r, int64_t base, float scaling, int64_t window, int64_t width) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 scores[2];
+  __mmask16 seen[2];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t key = base + half * 16;
+    const auto bound = [&](int64_t position) { return _mm512_set1_epi32(static_cast<int32_t>(position - key)); };
+    seen[half] = _mm512_cmple_epi32_mask(lanes, bound(q.positions[r]));
+    if (window > 0) seen[half] &= _mm512_cmpgt_epi32_mask(lanes, bound(q.positions[r] - window));
+    const __m512 score = _mm512_mul_ps(_mm512_load_ps(room.scores[r] + half * 16), _mm512_set1_ps(scaling));
+    scores[half] = _mm512_mask_blend_ps(seen[half], _mm512_set1_ps(-1e30f), score);
   }
-  settle(room.query);
+  const float most = std::max(room.highest[r], _mm512_reduce_max_ps(_mm512_max_ps(scores[0], scores[1])));
+  if (most > room.highest[r]) {
+    const __m512 shrink = exp(_mm512_set1_ps(room.highest[r] - most));
+    for (int64_t d = 0; d < width; d += 16) {
+      float* out = room.out[d / 32][r] + d % 32;
+      _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), shrink));
+    }
+    room.total[r] *= _mm512_cvtss_f32(shrink);
+    room.highest[r] = most;
+  }
+  const __m512 low = _mm512_maskz_mov_ps(seen[0], exp(_mm512_sub_ps(scores[0], _mm512_set1_ps(most))));
+  const __m512 high = _mm512_maskz_mov_ps(seen[1], exp(_mm512_sub_ps(scores[1], _mm512_set1_ps(most))));
+  room.total[r] += _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+  store_bf16(room.weights[r], low);
+  store_bf16(room.weights[r] + 16, high);
 }
 
-// Two rows of values become pairs by dimension, for 16 dimensions.
-inline void pair_values(AttentionRoom& room, const bf16* const rows[kKeyStep], int64_t dimension) {
-  for (int pair = 0; pair < 16; ++pair) {
-    const auto* even = reinterpret_cast<const __m256i*>(rows[2 * pair] + dimension);
-    const auto* odd = reinterpret_cast<const __m256i*>(rows[2 * pair + 1] + dimension);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even));
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)), 16);
-    _mm512_store_si512(room.value + pair * 32, _mm512_or_si512(low, high));
+inline void attend(Product& product, AttentionRoom& room, const Cache& cache, const int64_t* blocks, int64_t head,
+                   const QueryRows& q, int64_t head_dim, float scaling, int64_t window) {
+  const int64_t width = cache.width, last = q.positions[q.count - 1];
+  const auto multiply = [&](const void* a, int64_t stride, const bf16* panel, int64_t steps, float (*sums)[32], bool resume) {
+    by_row_blocks(q.count, [&](int64_t row, int count) {
+      product.multiply<false>(static_cast<const uint8_t*>(a) + row * stride, stride,
+                              reinterpret_cast<const uint8_t*>(panel), steps, count, sums[row], resume);
+    });
+  };
+  std::fill_n(room.highest, q.count, -1e30f);
+  std::fill_n(room.total, q.count, 0.0f);
+  std::fill_n(room.out[0][0], width * kQueryRows, 0.0f);
+  const int64_t begin = window > 0 ? std::max<int64_t>(0, q.positions[0] - window + 1) / kKeys * kKeys : 0;
+  for (int64_t base = begin; base <= last; base += kKeys) {
+    const int64_t at = cache.panel(head, blocks, base);
+    multiply(q.queries, width * 2, cache.keys + at, width / 32, room.scores, false);
+    for (int r = 0; r < q.count; ++r) weigh(room, q, r, base, scaling, window, width);
+    for (int64_t d = 0; d < width / 32; ++d)
+      multiply(room.weights, kKeys * 2, cache.values + at + d * 32 * kKeys, 1, room.out[d], true);
   }
-  settle(room.value);
-}
-
-inline void attend(AttentionRoom& room, const Cache& cache, const int64_t* blocks, int64_t num_blocks, int64_t head,
-                   const QueryRows& q, float scaling, int64_t window) {
-  const int64_t dim = cache.head_dim, last = q.positions[q.count - 1];
-  load_queries(room, q, dim);
-  std::fill_n(room.out, 16 * dim, 0.0f);
-  alignas(64) int32_t lanes[16] = {};
-  for (int r = 0; r < q.count; ++r) lanes[r] = static_cast<int32_t>(q.positions[r]);
-  const __m512i positions = _mm512_load_si512(lanes);
-  const __m512 never = _mm512_set1_ps(-1e30f);
-  __m512 highest = never, total = _mm512_setzero_ps();
-  const int64_t begin = window > 0 ? std::max<int64_t>(0, q.positions[0] - window + 1) / kKeyStep * kKeyStep : 0;
-
-  for (int64_t base = begin; base <= last; base += kKeyStep) {
-    const bf16* value_rows[kKeyStep];
-    for (int half = 0; half < 2; ++half) {
-      const int64_t key = base + half * 16;
-      const bool held = key / cache.block_size < num_blocks;  // past the table the null block stands in, all zeros
-      const int64_t at = held ? cache.at(head, blocks, key) : head * cache.head_stride;
-      for (int i = 0; i < 16; ++i) value_rows[half * 16 + i] = cache.values + at + (held ? i * dim : 0);
-      _tile_zero(0);
-      for (int64_t step = 0; step < dim / 32; ++step) {
-        _tile_loadd(2, cache.keys + at + step * 32, dim * 2);
-        _tile_loadd(3, room.query[step], 64);
-        _tile_dpbf16ps(0, 2, 3);
-      }
-      if (half == 0) _tile_stored(0, room.scores, 64);
-      else _tile_stored(0, room.scores + 256, 64);
-    }
-    __m512 most = highest;
-    for (int k = 0; k < kKeyStep; ++k) {
-      const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(base + k));
-      __mmask16 seen = _mm512_cmple_epi32_mask(key, positions);
-      if (window > 0)
-        seen &= _mm512_cmpgt_epi32_mask(key, _mm512_sub_epi32(positions, _mm512_set1_epi32(static_cast<int32_t>(window))));
-      const __m512 s = _mm512_mul_ps(_mm512_load_ps(room.scores + k * 16), _mm512_set1_ps(scaling));
-      const __m512 visible = _mm512_mask_blend_ps(seen, never, s);
-      _mm512_store_ps(room.scores + k * 16, visible);
-      most = _mm512_max_ps(most, visible);
-    }
-    const __m512 shrink = exp(_mm512_sub_ps(highest, most));
-    highest = most;
-    total = _mm512_mul_ps(total, shrink);
-    _mm512_store_ps(room.shrink, shrink);
-    __m512i pairs[16];
-    for (int pair = 0; pair < 16; ++pair) {
-      const __m512 even = exp(_mm512_sub_ps(_mm512_load_ps(room.scores + pair * 32), most));
-      const __m512 odd = exp(_mm512_sub_ps(_mm512_load_ps(room.scores + pair * 32 + 16), most));
-      total = _mm512_add_ps(_mm512_add_ps(total, even), odd);
-      pairs[pair] = _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(even)),
-                                    _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(odd)), 16));
-    }
-    transpose(pairs);
-    for (int r = 0; r < 16; ++r) _mm512_store_si512(room.weights + r * 32, pairs[r]);
-    settle(room.weights);
-    _tile_loadd(4, room.weights, 64);
-    for (int64_t d = 0; d < dim; d += 16) {
-      pair_values(room, value_rows, d);
-      _tile_loadd(5, room.value, 64);
-      _tile_zero(6);
-      _tile_dpbf16ps(6, 4, 5);
-      _tile_stored(6, room.tile, 64);
-      for (int r = 0; r < q.count; ++r) {
-        float* out = room.out + r * dim + d;
-        const __m512 kept = _mm512_mul_ps(_mm512_load_ps(out), _mm512_set1_ps(room.shrink[r]));
-        _mm512_store_ps(out, _mm512_add_ps(kept, _mm512_load_ps(room.tile + r * 16)));
-      }
-    }
+  for (int r = 0; r < q.count; ++r) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / room.total[r]);
+    for (int64_t d = 0; d < head_dim; d += 16)
+      _mm512_mask_storeu_ps(q.out[r] + d, first(head_dim - d),
+                            _mm512_mul_ps(_mm512_load_ps(room.out[d / 32][r] + d % 32), inverse));
   }
-  alignas(64) float inverse[16];
-  _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), total));
-  for (int r = 0; r < q.count; ++r)
-    for (int64_t d = 0; d < dim; d += 16)
-      _mm512_storeu_ps(q.out[r] + d, _mm512_mul_ps(_mm512_load_ps(room.out + r * dim + d), _mm512_set1_ps(inverse[r])));
 }
 
 }  // namespace halftone

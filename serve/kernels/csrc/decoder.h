@@ -3,8 +3,12 @@
 // x += o(attention(norm(x)));  x += down(silu(gate(norm(x))) * up(norm(x)));  the residual x stays in fp32.
 // Rows are the step's tokens, of all sequences, one behind another; a span is the tokens of one sequence.
 #pragma once
+#include <cmath>
+#include <memory>
+
 #include "attention.h"
 #include "linear.h"
+#include "threads.h"
 
 namespace halftone {
 
@@ -67,8 +71,8 @@ class Decoder {
   static constexpr int64_t kPrivateRows = 2;  // so few rows every thread prepares for itself instead of waiting
 
   struct Thread {
-    TileShape shape;
-    PanelRoom panel{shape}, other{shape};
+    Product product;
+    PanelRoom panel{product}, other{product};
     AttentionRoom attention;
     Activations activations;
     std::vector<float> row;
@@ -90,11 +94,13 @@ class Decoder {
     grow(x_, rows * m_.hidden);
     grow(qkv_, rows * qkv_width());
     grow(mixed_, rows * m_.heads * m_.head_dim);
-    grow(roped_, rows * m_.heads * m_.head_dim);
+    roped_rows_ = rows;
+    grow(roped_, rows * m_.heads * head_width());
     grow(inner_, rows * m_.intermediate);
     grow(last_, logits * m_.hidden);
   }
 
+  int64_t head_width() const { return (m_.head_dim + 31) / 32 * 32; }
   int64_t qkv_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_dim; }
 
   void decode(Thread& t, const Step& step) {
@@ -115,14 +121,14 @@ class Decoder {
       }
     });
     team_.barrier();
-    if (step.num_logits == 0) return t.shape.release();
+    if (step.num_logits == 0) return t.product.release();
     head(t, last_.data(), step.num_logits, m_.final_norm, step.logits);
   }
 
   void head(Thread& t, const float* x, int64_t rows, const float* norm, float* logits) {
     Activations& a = prepare(t, x, rows, m_.hidden, norm, {&m_.head});
     multiply(t, a, rows, {{&m_.head, logits, m_.head.outputs, false}});
-    t.shape.release();
+    t.product.release();
   }
 
   void layer(Thread& t, const Layer& l, const Step& step) {
@@ -255,19 +261,28 @@ class Decoder {
     team_.barrier();
   }
 
+  // Queries that share a key/value head lie together, all rows' of one head behind one another.
+  bf16* roped(int64_t kv_head, int64_t row) {
+    const int64_t group = m_.heads / m_.kv_heads;
+    return roped_.data() + (kv_head * roped_rows_ + row) * group * head_width();
+  }
+
   void rotate_row(const Layer& l, const Step& step, int64_t r) {
+    const int64_t group = m_.heads / m_.kv_heads, dim = m_.head_dim;
     float* row = qkv_.data() + r * qkv_width();
     const Span& span = step.spans[step.row_spans[r]];
     const Cache cache = cache_of(l);
-    for (int64_t h = 0; h < m_.heads; ++h)
-      rotate_head(row + h * m_.head_dim, l.query_norm, step.positions[r], &roped_[(r * m_.heads + h) * m_.head_dim]);
-    float* key = row + m_.heads * m_.head_dim;
-    const float* value = key + m_.kv_heads * m_.head_dim;
+    alignas(64) bf16 key[kLargestHead] = {}, value[kLargestHead] = {};
     for (int64_t h = 0; h < m_.kv_heads; ++h) {
-      const int64_t at = cache.at(h, span.blocks, step.positions[r]);
-      rotate_head(key + h * m_.head_dim, l.key_norm, step.positions[r], cache.keys + at);
-      for (int64_t i = 0; i < m_.head_dim; i += 16)
-        store_bf16(cache.values + at + i, _mm512_loadu_ps(value + h * m_.head_dim + i));
+      for (int64_t i = 0; i < group; ++i)
+        rotate_head(row + (h * group + i) * dim, l.query_norm, step.positions[r], roped(h, r) + i * head_width());
+      rotate_head(row + (m_.heads + h) * dim, l.key_norm, step.positions[r], key);
+      const float* values = row + (m_.heads + m_.kv_heads + h) * dim;
+      for (int64_t i = 0; i < dim; i += 16) {
+        const __mmask16 mask = first(dim - i);
+        store_bf16(value + i, _mm512_maskz_loadu_ps(mask, values + i), mask);
+      }
+      cache.store(h, span.blocks, step.positions[r], key, value);
     }
   }
 
@@ -275,23 +290,23 @@ class Decoder {
     const int64_t half = m_.head_dim / 2;
     if (norm) normalize(head, norm, m_.head_dim, m_.epsilon, head);
     for (int64_t i = 0; i < half; i += 16) {
-      const __m512 cosine = _mm512_loadu_ps(m_.cosines + position * half + i);
-      const __m512 sine = _mm512_loadu_ps(m_.sines + position * half + i);
-      const __m512 low = _mm512_loadu_ps(head + i), high = _mm512_loadu_ps(head + half + i);
-      store_bf16(out + i, _mm512_fmsub_ps(low, cosine, _mm512_mul_ps(high, sine)));
-      store_bf16(out + half + i, _mm512_fmadd_ps(high, cosine, _mm512_mul_ps(low, sine)));
+      const __mmask16 mask = first(half - i);
+      const __m512 cosine = _mm512_maskz_loadu_ps(mask, m_.cosines + position * half + i);
+      const __m512 sine = _mm512_maskz_loadu_ps(mask, m_.sines + position * half + i);
+      const __m512 low = _mm512_maskz_loadu_ps(mask, head + i), high = _mm512_maskz_loadu_ps(mask, head + half + i);
+      store_bf16(out + i, _mm512_fmsub_ps(low, cosine, _mm512_mul_ps(high, sine)), mask);
+      store_bf16(out + half + i, _mm512_fmadd_ps(high, cosine, _mm512_mul_ps(low, sine)), mask);
     }
   }
 
-  Cache cache_of(const Layer& l) const { return {l.keys, l.values, m_.head_stride, m_.block_size, m_.head_dim}; }
+  Cache cache_of(const Layer& l) const { return {l.keys, l.values, m_.head_stride, m_.block_size, head_width()}; }
 
   // Tasks: for each key/value head and span, as many tokens as fill 16 query rows.
   void attention(Thread& t, const Layer& l, const Step& step) {
-    const int64_t group = m_.heads / m_.kv_heads, tokens = std::max<int64_t>(1, 16 / group);
+    const int64_t group = m_.heads / m_.kv_heads, tokens = std::max<int64_t>(1, kQueryRows / group);
     int64_t tiles = 0;
     for (int64_t s = 0; s < step.num_spans; ++s) tiles += (step.spans[s].num_rows + tokens - 1) / tokens;
     const Cache cache = cache_of(l);
-    configure_attention();
     team_.deal(t.turn++, tiles * m_.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t tile = task / m_.kv_heads, s = 0;
@@ -301,23 +316,22 @@ class Decoder {
         attend_rows(t, l, cache, span, token, count, task % m_.kv_heads, group);
       }
     });
-    t.shape.forget();
     team_.barrier();
   }
 
   void attend_rows(Thread& t, const Layer& l, const Cache& cache, const Span& span, int64_t token, int64_t count,
                    int64_t head, int64_t group) {
-    QueryRows q;
-    for (int64_t g = 0; g < group; g += 16) {
+    for (int64_t g = 0; g < group; g += kQueryRows) {
+      QueryRows q;
+      q.queries = roped(head, span.first_row + token) + g * cache.width;
       q.count = 0;
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = g; j < std::min(group, g + 16); ++j) {
-          const int64_t row = span.first_row + token + i, at = (row * m_.heads + head * group + j) * m_.head_dim;
-          q.rows[q.count] = &roped_[at];
-          q.out[q.count] = &mixed_[at];
+        for (int64_t j = g; j < std::min(group, g + kQueryRows); ++j) {
+          const int64_t row = span.first_row + token + i;
+          q.out[q.count] = &mixed_[(row * m_.heads + head * group + j) * m_.head_dim];
           q.positions[q.count++] = span.first_position + token + i;
         }
-      attend(t.attention, cache, span.blocks, span.num_blocks, head, q, m_.scaling, l.window);
+      attend(t.product, t.attention, cache, span.blocks, head, q, m_.head_dim, m_.scaling, l.window);
     }
   }
 
@@ -326,7 +340,8 @@ class Decoder {
   std::vector<std::unique_ptr<Thread>> threads_;
   Activations shared_;
   std::vector<float> x_, qkv_, mixed_, inner_, last_;
-  std::vector<bf16> roped_;
+  std::vector<bf16> roped_;  // [kv_heads][rows][heads of a group][padded head_dim], zeros past head_dim
+  int64_t roped_rows_ = 0;
 };
 
 }  // namespace halftone

@@ -22,7 +22,7 @@ void pack_words(const uint8_t* w, int64_t outputs, int64_t row_bytes, int64_t st
 #pragma GCC visibility push(default)
 extern "C" {
 
-int ht_supported() { return tiles_granted() ? 1 : 0; }
+int ht_supported() { return supported() ? 1 : 0; }
 
 void* ht_team(int threads) { return new Team(threads); }
 void ht_team_free(void* team) { delete static_cast<Team*>(team); }
@@ -73,8 +73,8 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
       }
     });
     team.barrier();
-    TileShape shape;
-    PanelRoom room(shape);
+    Product product;
+    PanelRoom room(product);
     team.deal(1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         compute_panel(room, *w, a, rows, panel);
@@ -87,7 +87,7 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
           }
       }
     });
-    shape.release();
+    product.release();
   });
 }
 

@@ -1,36 +1,20 @@
-// Tiles: eight registers of up to 16 rows x 64 bytes that multiply in one instruction (Intel AMX).
-//
-// Both products that we need have one geometry. A row of A holds 64 bytes of activations, 32 bf16 or 64 uint8 numbers;
-// B holds the weights of 16 output columns in 16 rows of 64 bytes, column by column in pairs of bf16 or quads of int8.
-// The sum over a row runs in one fixed order whatever other rows stand beside it: batch invariance costs nothing.
+// The product in tiles: eight registers of up to 16 rows x 64 bytes that multiply in one instruction (Intel AMX).
 #pragma once
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cstdint>
-#include <cstring>
+#include <algorithm>
+
+#include "layout.h"
 
 namespace halftone {
 
-constexpr int kTileRows = 16;
-constexpr int kPanel = 32;          // output columns that are packed and computed together: two tiles
-constexpr int kStepBytes = 64;      // bytes of one activation row that one tile product consumes
-constexpr int kPanelStep = 2048;    // bytes of packed weights that it consumes, for a whole panel
-
 // The kernel must grant the tile registers to the process once.
-inline bool tiles_granted() {
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+inline bool supported() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
          __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
-
-// The compiler does not know that tile instructions read memory: what they are to read must be written by now.
-inline void settle(const void* written) { asm volatile("" : : "r"(written) : "memory"); }
 
 struct __attribute__((packed)) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,11 +22,71 @@ struct __attribute__((packed)) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// What the tile registers of the running thread are configured for: accumulators 0-3 (two row blocks x two column
-// tiles), A in 4 and 5, B in 6 and 7.
-class TileShape {
+// Accumulators are in 0-3 (two row blocks x two column tiles), A in 4 and 5, B in 6 and 7.
+class Product {
  public:
-  void use(int upper, int lower) {
+  static constexpr int kTileRows = 16;
+  static constexpr int kGrain = kTileRows, kRows = 2 * kTileRows;
+  static constexpr int kDirectRows = 0;  // codes are always unpacked to memory
+
+  // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
+  template <bool kInteger>
+  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume) {
+    const int upper = std::min(rows, kTileRows), lower = rows - upper;
+    configure(upper, lower);
+    float* below = sums + kTileRows * kPanel;
+    settle(sums);
+    if (resume) {
+      _tile_loadd(0, sums, kPanel * 4);
+      _tile_loadd(1, sums + 16, kPanel * 4);
+      if (lower) _tile_loadd(2, below, kPanel * 4);
+      if (lower) _tile_loadd(3, below + 16, kPanel * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; ++s, a += kStepBytes, b += kPanelStep) {
+      for (int line = 0; line < kPanelStep; line += 64) _mm_prefetch(b + 3 * kPanelStep + line, _MM_HINT_T0);
+      _tile_loadd(6, b, 128);
+      _tile_loadd(7, b + 64, 128);
+      _tile_loadd(4, a, stride);
+      if constexpr (kInteger) {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (!lower) continue;
+      _tile_loadd(5, a + kTileRows * stride, stride);
+      if constexpr (kInteger) {
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums, kPanel * 4);
+    _tile_stored(1, sums + 16, kPanel * 4);
+    if (lower) _tile_stored(2, below, kPanel * 4);
+    if (lower) _tile_stored(3, below + 16, kPanel * 4);
+    settle(sums);
+  }
+
+  // Gives the registers back: other libraries on this thread configure their own, and an empty state switches faster.
+  void release() {
+    upper_ = -1;
+    _tile_release();
+  }
+
+ private:
+  // The compiler does not know that tile instructions read memory: what they are to read must be written by now.
+  static void settle(const void* written) { asm volatile("" : : "r"(written) : "memory"); }
+
+  void configure(int upper, int lower) {
     if (upper == upper_ && lower == lower_) return;
     upper_ = upper, lower_ = lower;
     TileConfig config;
@@ -55,16 +99,6 @@ class TileShape {
     _tile_loadconfig(&config);
   }
 
-  // Somebody else configured the registers.
-  void forget() { upper_ = -1; }
-
-  // Gives the registers back: other libraries on this thread configure their own, and an empty state switches faster.
-  void release() {
-    forget();
-    _tile_release();
-  }
-
- private:
   int upper_ = -1, lower_ = -1;
 };
 

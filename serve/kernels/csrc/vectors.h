@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 
 namespace halftone {
@@ -27,7 +28,7 @@ inline void store_bf16(bf16* p, __m512 x, __mmask16 mask = 0xFFFF) { _mm256_mask
 inline float from_bf16(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float out;
-  __builtin_memcpy(&out, &bits, 4);
+  std::memcpy(&out, &bits, 4);
   return out;
 }
 

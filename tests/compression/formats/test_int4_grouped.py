@@ -156,7 +156,7 @@ def test_bytes_are_exact_and_nothing_is_held_twice(bits: int, symmetric: bool) -
     if layer.packed is not None:
         assert layer.scales.numel() == layer.codes.numel() == 0
         table_bytes = 16 * 2
-        zero_point_bytes = 0 if symmetric else 128 * 4  # a tile product reads them in 16 bits
+        zero_point_bytes = 0 if symmetric else 128 * 4  # the kernels read them in 16 bits
         expected = layer.storage().weight_bytes + layer.storage().metadata_bytes + table_bytes + zero_point_bytes
         assert layer.packed.nbytes == expected
     elif bits == 4 and kernel_block_rows():

@@ -48,7 +48,7 @@ def test_a_rows_answer_does_not_depend_on_the_rows_beside_it() -> None:
     layer = _layer(_weight(130, 1100), torch.bfloat16)
     layer.prepare()
     x = _input(50, 1100, torch.bfloat16)
-    assert layer.kernel == "sparse tiles"
+    assert layer.kernel == "sparse packed"
     assert torch.equal(layer(x)[17:18], layer(x[17:18]))
 
 

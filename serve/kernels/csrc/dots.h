@@ -1,0 +1,132 @@
+// The product in vector registers (AVX-512 with VNNI and BF16): one instruction multiplies a line of 64 bytes of weights,
+// 16 columns by one word, with that word of an activation row, and adds to 16 sums.
+//
+// A block of rows keeps all its sums in registers, so that each line is loaded once for all of them. A row's sum is a
+// chain of such instructions in the order of its words, in a block of any height.
+#pragma once
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "layout.h"
+
+namespace halftone {
+
+inline bool supported() { return true; }
+
+class Product {
+ public:
+  static constexpr int kGrain = 1, kRows = 12;  // 24 sums, two lines and a word of activations fit 32 registers
+  static constexpr int kDirectRows = 4;  // up to so many rows, codes are looked up in registers, not unpacked to memory
+
+  // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
+  template <bool kInteger>
+  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume) {
+    static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
+      return std::array{&block<kInteger, kCount + 1>...};
+    }(std::make_integer_sequence<int, kRows>());
+    kernels[rows - 1](a, stride, b, steps, sums, resume);
+  }
+
+  // The same for `groups` (1 or 2) groups of 4-bit codes behind one another: sums [groups][kDirectRows][32].
+  void multiply_codes(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, int groups,
+                      int rows, float* sums) {
+    static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
+      return std::array{std::array{&code_block<kCount + 1, 1>, &code_block<kCount + 1, 2>}...};
+    }(std::make_integer_sequence<int, kDirectRows>());
+    kernels[rows - 1][groups - 1](a, stride, codes, table, steps, sums);
+  }
+
+  void release() {}
+
+ private:
+  template <bool kInteger>
+  static __m512i dot(__m512i sum, __m512i x, __m512i line) {
+    if constexpr (kInteger) return _mm512_dpbusd_epi32(sum, x, line);
+    else return (__m512i)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)line);
+  }
+
+  static __m512i word(const uint8_t* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+
+  // Three rows share a pointer: that many addresses fit the registers.
+  template <int kCount>
+  struct Rows {
+    const uint8_t* base[(kCount + 2) / 3];
+    int64_t stride;
+
+    Rows(const uint8_t* a, int64_t row_stride) : stride(row_stride) {
+      for (int i = 0; i < (kCount + 2) / 3; ++i) base[i] = a + 3 * i * stride;
+    }
+    const uint8_t* row(int r) const { return base[r / 3] + r % 3 * stride; }
+    void advance(int64_t bytes) {
+      for (auto& pointer : base) pointer += bytes;
+    }
+  };
+
+  template <bool kInteger, int kCount>
+  static void block(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, float* sums, bool resume) {
+    __m512i sum[kCount][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r)
+      for (int half = 0; half < 2; ++half)
+        sum[r][half] = resume ? _mm512_loadu_si512(sums + r * kPanel + half * 16) : _mm512_setzero_si512();
+    Rows<kCount> rows(a, stride);
+    for (int64_t s = 0; s < steps; ++s, b += kPanelStep, rows.advance(kStepBytes)) {
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; ++w) {
+        const __m512i left = _mm512_loadu_si512(b + w * 128), right = _mm512_loadu_si512(b + w * 128 + 64);
+        _mm_prefetch(b + w * 128 + 2 * kPanelStep, _MM_HINT_T0);
+        _mm_prefetch(b + w * 128 + 64 + 2 * kPanelStep, _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int r = 0; r < kCount; ++r) {
+          const __m512i x = word(rows.row(r) + w * 4);
+          sum[r][0] = dot<kInteger>(sum[r][0], x, left);
+          sum[r][1] = dot<kInteger>(sum[r][1], x, right);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r)
+      for (int half = 0; half < 2; ++half) _mm512_storeu_si512(sums + r * kPanel + half * 16, sum[r][half]);
+  }
+
+  // Two groups at once are twice as many chains of sums: one row alone would wait for each sum before the next.
+  template <int kCount, int kGroups>
+  static void code_block(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps,
+                         float* sums) {
+    __m512i sum[kGroups][kCount][2] = {};
+    Rows<kCount> rows(a, stride);
+    for (int64_t s = 0; s < steps; ++s, codes += kPanelStep / 4, rows.advance(kStepBytes)) {
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; ++quad)
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) {
+          const uint8_t* line = codes + g * steps * (kPanelStep / 4) + quad * 64;
+          __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + 256);
+          _mm_prefetch(line + kPanelStep * 2, _MM_HINT_T0);
+          _mm_prefetch(line + 256 + kPanelStep * 2, _MM_HINT_T0);
+#pragma GCC unroll 4
+          for (int nibble = 0; nibble < 4; ++nibble) {
+            const __m512i low = _mm512_permutexvar_epi16(left, table), high = _mm512_permutexvar_epi16(right, table);
+#pragma GCC unroll 4
+            for (int r = 0; r < kCount; ++r) {
+              const __m512i x = word(rows.row(r) + g * steps * kStepBytes + (quad * 4 + nibble) * 4);
+              sum[g][r][0] = dot<false>(sum[g][r][0], x, low);
+              sum[g][r][1] = dot<false>(sum[g][r][1], x, high);
+            }
+            left = _mm512_srli_epi16(left, 4), right = _mm512_srli_epi16(right, 4);
+          }
+        }
+    }
+    for (int g = 0; g < kGroups; ++g)
+      for (int r = 0; r < kCount; ++r)
+        for (int half = 0; half < 2; ++half)
+          _mm512_storeu_si512(sums + (g * kDirectRows + r) * kPanel + half * 16, sum[g][r][half]);
+  }
+};
+
+}  // namespace halftone
