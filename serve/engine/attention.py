@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from serve.engine.kv_cache import Pool
+
 __all__ = ["TILE_TOKENS", "AttentionOptions", "QueryGroup", "Tile", "reference_attention", "tiled_attention"]
 
 TILE_TOKENS = 512
@@ -92,14 +94,9 @@ class QueryGroup:
         return Tile(reached, blocks.reshape(-1), hidden if bool(hidden.any()) else None)
 
 
-def tiled_attention(
-    query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: AttentionOptions
-) -> Tensor:
-    """Attention of one group's rows. query: [H, S * Q, D]; keys, values: [K, num_blocks, block_size, D].
-
-    Returns [S * Q, H, D of the values] in fp32.
-    """
-    rows = _rows_by_key_head(query.float() * options.scaling, keys.shape[0], group)  # [K, S, G * Q, D]
+def tiled_attention(query: Tensor, keys: Pool, values: Pool, group: QueryGroup, options: AttentionOptions) -> Tensor:
+    """Attention of one group's rows. query: [H, S * Q, D]. Returns [S * Q, H, D of the values] in fp32."""
+    rows = _rows_by_key_head(query.float() * options.scaling, keys.num_heads, group)  # [K, S, G * Q, D]
     tiles = group.tiles(options.window)
     if len(tiles) == 1 and options.sinks is None:
         weights = _scores(rows, keys, tiles[0], group, options).softmax(-1)
@@ -118,7 +115,7 @@ def tiled_attention(
 
 
 def reference_attention(
-    query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: AttentionOptions
+    query: Tensor, keys: Pool, values: Pool, group: QueryGroup, options: AttentionOptions
 ) -> Tensor:
     """The same as `tiled_attention`, one sequence and one plain softmax at a time."""
     mixed = []
@@ -141,7 +138,7 @@ def reference_attention(
     return torch.cat(mixed)
 
 
-def _scores(rows: Tensor, keys: Tensor, tile: Tile, group: QueryGroup, options: AttentionOptions) -> Tensor:
+def _scores(rows: Tensor, keys: Pool, tile: Tile, group: QueryGroup, options: AttentionOptions) -> Tensor:
     """[K, S, G * Q, tile_tokens]: scaled scores, with what a query must not see pushed out of the softmax."""
     scores = rows @ _gather(keys, tile).transpose(2, 3)
     if options.softcap is not None:
@@ -152,14 +149,13 @@ def _scores(rows: Tensor, keys: Tensor, tile: Tile, group: QueryGroup, options: 
     return scores
 
 
-def _weigh(weights: Tensor, values: Tensor, tile: Tile) -> Tensor:
+def _weigh(weights: Tensor, values: Pool, tile: Tile) -> Tensor:
     return weights @ _gather(values, tile)
 
 
-def _gather(cache: Tensor, tile: Tile) -> Tensor:
+def _gather(pool: Pool, tile: Tile) -> Tensor:
     """One tile of a pool: [K, S, tile_tokens, D] in fp32."""
-    picked = cache.index_select(1, tile.blocks)
-    return picked.view(cache.shape[0], tile.num_sequences, -1, cache.shape[-1]).float()
+    return pool.gather(tile.blocks).view(pool.num_heads, tile.num_sequences, -1, pool.size)
 
 
 def _rows_by_key_head(query: Tensor, num_key_heads: int, group: QueryGroup) -> Tensor:
@@ -176,11 +172,11 @@ def _rows_by_token(mixed: Tensor, group: QueryGroup) -> Tensor:
 
 
 def _empty_sums(
-    rows: Tensor, values: Tensor, options: AttentionOptions, group: QueryGroup
+    rows: Tensor, values: Pool, options: AttentionOptions, group: QueryGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The running maximum, sum of weights and weighted values before any key was seen."""
     shape = (*rows.shape[:3], 1)
-    mixed = rows.new_zeros(*rows.shape[:3], values.shape[-1])
+    mixed = rows.new_zeros(*rows.shape[:3], values.size)
     if options.sinks is None:
         return rows.new_full(shape, _MASKED), rows.new_zeros(shape), mixed
     sinks = options.sinks.float().view(rows.shape[0], 1, -1, 1, 1)  # [K, 1, G, 1, 1]
@@ -192,7 +188,6 @@ def _spread(sinks: Tensor, shape: tuple[int, ...], group: QueryGroup) -> Tensor:
     return sinks.expand(heads, sequences, -1, group.num_queries, 1).reshape(shape).clone()
 
 
-def _contiguous(cache: Tensor, table: Tensor, num_heads: int) -> Tensor:
+def _contiguous(pool: Pool, table: Tensor, num_heads: int) -> Tensor:
     """A whole sequence of one pool, [H, tokens, D] in fp32: what only the reference does."""
-    whole = cache[:, table].flatten(1, 2).float()
-    return whole.repeat_interleave(num_heads // cache.shape[0], dim=0)
+    return pool.gather(table).repeat_interleave(num_heads // pool.num_heads, dim=0)

@@ -52,8 +52,9 @@ class EngineCore:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> None:
         self._runner: Runner | NativeRunner
         self._runner, layers = adopt(model)
+        stored = [layer.in_int8() for layer in layers] if settings.kv_cache_dtype == "int8" else layers
         config = model.config.get_text_config()
-        bytes_per_token = sum(layer.bytes_per_token for layer in layers)
+        bytes_per_token = sum(layer.bytes_per_token for layer in stored)
         self.settings = resolve(
             settings,
             context_tokens=context_tokens(config),
@@ -63,7 +64,7 @@ class EngineCore:
         if not self._runner.rope_is_static:
             self.settings = replace(self.settings, prefix_cache=False)
         num_blocks = (self.settings.kv_cache_bytes or 0) // (self.settings.block_size * bytes_per_token)
-        self._cache = KVCache(layers, num_blocks, self.settings.block_size)
+        self._cache = KVCache(stored, num_blocks, self.settings.block_size)
         self.path = self._quicken(model, layers)
         self._pool = BlockPool(num_blocks)
         self.vocabulary_size = int(config.vocab_size)

@@ -115,6 +115,7 @@ def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) 
     config: Any = model.config
     rope = model.get_submodule("model.rotary_emb")
     checks = {
+        "its KV cache is in int8": cache.keys[0].scales is not None,
         f"it computes in {first.dtype}, not in bf16": first.dtype is not torch.bfloat16,
         "its layers differ in shape": any(layer != first for layer in layers),
         "its heads are not 32 to 256 wide in steps of 32": first.key_size % 32 != 0 or first.key_size > 256,
@@ -146,8 +147,8 @@ def _layer(layer: nn.Module, config: Any, cache: KVCache, index: int) -> LayerWe
         post_norm=_norm(layer, "post_attention_layernorm"),
         query_norm=_norm(attention, "q_norm") if hasattr(attention, "q_norm") else None,
         key_norm=_norm(attention, "k_norm") if hasattr(attention, "k_norm") else None,
-        keys=cache.keys[index],
-        values=cache.values[index],
+        keys=cache.keys[index].data,
+        values=cache.values[index].data,
         window=getattr(config, "sliding_window", None) if slides else None,
     )
 

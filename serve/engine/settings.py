@@ -8,6 +8,7 @@ from serve.errors import ConfigError
 
 __all__ = ["EngineSettings", "resolve"]
 
+KV_CACHE_DTYPES = ("auto", "int8")
 _COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decode", "block_size", "max_queue")
 _FREE_MEMORY_RATIO = 0.2
 """Share of the free memory that the KV cache takes at most when its size is "auto": variants share a machine."""
@@ -26,6 +27,8 @@ class EngineSettings:
     block_size: int = 32
     """Tokens per KV block."""
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    """What keys and values are stored in: "auto" is the model's own type; "int8" holds twice as many tokens as bf16."""
     max_model_len: int | None = None
     """Prompt and output tokens of one sequence; None takes the model's own context."""
     max_queue: int = 1024
@@ -43,6 +46,10 @@ class EngineSettings:
         for name in ("kv_cache_bytes", "max_model_len", "threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                "kv_cache_dtype", f"must be one of {', '.join(KV_CACHE_DTYPES)}, not {self.kv_cache_dtype!r}"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",

@@ -7,16 +7,25 @@ from torch import Tensor
 from serve.engine import attention
 from serve.engine.attention import AttentionOptions, QueryGroup, reference_attention, tiled_attention
 from serve.engine.blocks import NULL_BLOCK, blocks_for
+from serve.engine.kv_cache import Pool
 
 HEADS, KEY_HEADS, KEY_SIZE, VALUE_SIZE, BLOCK = 6, 2, 8, 12, 4
 
 
-def pools(num_blocks: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def pools(num_blocks: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Pool, Pool]:
     torch.manual_seed(0)
-    keys = torch.randn(KEY_HEADS, num_blocks, BLOCK, KEY_SIZE).to(dtype)
-    values = torch.randn(KEY_HEADS, num_blocks, BLOCK, VALUE_SIZE).to(dtype)
+    keys, values = (torch.randn(KEY_HEADS, num_blocks, BLOCK, size) for size in (KEY_SIZE, VALUE_SIZE))
     keys[:, NULL_BLOCK], values[:, NULL_BLOCK] = 0, 0
-    return keys, values
+    return _filled(keys, dtype), _filled(values, dtype)
+
+
+def _filled(content: Tensor, dtype: torch.dtype) -> Pool:
+    pool = Pool(torch.zeros_like(content, dtype=dtype))
+    pool.write(
+        torch.arange(content.shape[1] * BLOCK),
+        content.flatten(1, 2).to(torch.float32 if dtype is torch.int8 else dtype),
+    )
+    return pool
 
 
 def group(first_positions: list[int], num_queries: int, num_blocks: int = 64) -> QueryGroup:
@@ -70,9 +79,30 @@ def test_bf16_caches_are_summed_in_fp32() -> None:
     rows = group([40, 30], 1)
     query = torch.randn(HEADS, 2, KEY_SIZE).bfloat16()
     ours = tiled_attention(query, keys, values, rows, OPTIONS["plain"])
-    exact = reference_attention(query.float(), keys.float(), values.float(), rows, OPTIONS["plain"])
+    wide = [_filled(pool.data.float(), torch.float32) for pool in (keys, values)]
+    exact = reference_attention(query.float(), *wide, rows, OPTIONS["plain"])
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_caches_hold_each_vector_within_half_a_step_of_its_own_scale() -> None:
+    torch.manual_seed(0)
+    content = torch.randn(KEY_HEADS, 6, BLOCK, KEY_SIZE) * torch.logspace(-3, 3, 6)[:, None, None]
+    content[:, 2, 1] = 0
+    pool = _filled(content, torch.int8)
+    exact, read = content.flatten(1, 2), pool.gather(torch.arange(6))
+    half_step = exact.abs().amax(-1, keepdim=True) / 127 / 2
+    assert ((read - exact).abs() <= half_step * (1 + 1e-5)).all()
+    pool.scrub(torch.tensor([3]))
+    assert not pool.gather(torch.tensor([3])).any()
+
+
+def test_tiled_attention_over_an_int8_cache_equals_the_plain_reference() -> None:
+    keys, values = pools(dtype=torch.int8)
+    rows = group([50, 33, 7], 1)
+    query = torch.randn(HEADS, 3, KEY_SIZE)
+    ours = tiled_attention(query, keys, values, rows, OPTIONS["all"])
+    torch.testing.assert_close(ours, reference_attention(query, keys, values, rows, OPTIONS["all"]))
 
 
 def test_a_window_reads_only_the_tiles_that_it_can_see(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from serve.compression.recipe import Recipe
 from serve.loading import load
-from tests.engine.conftest import Desk
+from tests.engine.conftest import Desk, tiny_llama
+from tests.engine.measure_kv_cache import compare
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int8-weight", "nf4", "gptq4-g64", "wanda50"])
@@ -36,3 +37,19 @@ def test_logprobs_beside_neighbours_are_those_alone(desks: Callable[..., Desk], 
     alone = scores(0)
     for neighbours in (3, 15):
         assert (scores(neighbours) - alone).abs().quantile(0.99) < 0.02
+
+
+def test_a_kv_cache_in_int8_changes_less_than_computing_in_bf16_does(shared: Path) -> None:
+    loaded = load(str(shared / "models" / "TinyStories-656K"), Recipe.parse("fp32"))
+    with (shared / "data" / "tinystories" / "eval.jsonl").open() as lines:
+        stories = [list(loaded.tokenizer(json.loads(next(lines))["text"])["input_ids"])[:512] for _ in range(8)]
+    assert 0 < compare(loaded, stories)["kl_divergence"] < 0.00026, "the noise floor of bf16 on this model"
+
+
+def test_a_kv_cache_in_int8_holds_almost_twice_the_tokens_of_bf16(desks: Callable[..., Desk]) -> None:
+    budget = {"kv_cache_bytes": 2**20, "max_model_len": 64}
+    blocks = [
+        desks(tiny_llama(head_dim=64).bfloat16(), kv_cache_dtype=dtype, **budget).engine.stats().kv_blocks_total
+        for dtype in ("auto", "int8")
+    ]
+    assert blocks[1] / blocks[0] == pytest.approx(128 / 68, rel=0.02)

@@ -17,6 +17,7 @@ from serve.errors import ConfigError
         ({"block_size": -1}, "block_size"),
         ({"kv_cache_bytes": "1GiB"}, "kv_cache_bytes"),
         ({"threads": 0}, "threads"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype"),
         ({"max_queue": True}, "max_queue"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens"),
     ],
