@@ -144,7 +144,8 @@ class Trace:
         assert delta.finish_reason is not None
         self._recorder.add(metrics.SUCCESS, self._labels, 1, delta.finish_reason)
         if choice.tokens > 1:
-            self._recorder.observe(metrics.TPOT, self._labels, (at_s - choice.first_s) / (choice.tokens - 1))
+            choice.tpot_s = (at_s - choice.first_s) / (choice.tokens - 1)
+            self._recorder.observe(metrics.TPOT, self._labels, choice.tpot_s)
         if delta.timing:
             self._note(running_sequences=delta.timing.running_sequences)
         self._note(finish_reason=delta.finish_reason)
@@ -171,12 +172,14 @@ class Trace:
     def _finish(self) -> None:
         choices = list(self._choices.values())
         gaps = sum(choice.gaps for choice in choices)
+        tpots_s = [choice.tpot_s for choice in choices if choice.tpot_s is not None]
         self._note(
             finished_at_s=time.time(),
             completion_tokens=sum(choice.tokens for choice in choices),
             ttft_s=min(self._first_s.values(), default=None),
             itl_mean_s=sum(choice.gap_sum_s for choice in choices) / gaps if gaps else None,
             itl_max_s=max((choice.gap_max_s for choice in choices), default=0.0) if gaps else None,
+            tpot_s=sum(tpots_s) / len(tpots_s) if tpots_s else None,
             e2e_s=time.perf_counter() - self._received_s,
         )
         self._journal.keep(self._outcome)
@@ -191,6 +194,7 @@ class _Choice:
     def __init__(self) -> None:
         self.tokens = 0
         self.first_s = 0.0
+        self.tpot_s: float | None = None
         self.gaps = 0
         self.gap_sum_s = 0.0
         self.gap_max_s = 0.0

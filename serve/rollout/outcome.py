@@ -51,6 +51,7 @@ class Outcome:
     error: None, or a short kind such as "timeout", "replica_died", "overloaded", "internal", "nan", "oom".
     client_fault: a 4xx, or a client that went away: says nothing about the variant.
     itl_mean_s, itl_max_s: gaps between tokens; None below two tokens.
+    tpot_s: (E2E - TTFT) / (tokens - 1), the mean over the call's choices; None below two tokens.
     running_sequences: sequences running on the variant when this one was assigned (its load).
     warm_up: sent to warm the variant, or served by a replica that had just started.
     shadow: mirrored; `pair` then is the record number of the request it mirrors (same ingress).
@@ -72,6 +73,7 @@ class Outcome:
     ttft_s: float | None = None
     itl_mean_s: float | None = None
     itl_max_s: float | None = None
+    tpot_s: float | None = None
     e2e_s: float | None = None
     running_sequences: int = 0
     warm_up: bool = False
