@@ -23,6 +23,7 @@ from serve.compression.recipe import Recipe
 from serve.engine.settings import EngineSettings
 from serve.errors import ConfigError, HalftoneError
 from serve.rollout import Split
+from serve.rollout.settings import RolloutSettings, Webhook
 from serve.variant import Resources, Variant
 
 __all__ = ["Config", "default_config", "load_config", "parse_config", "serve_source"]
@@ -41,6 +42,7 @@ class Config:
     variants: tuple[Variant, ...]
     split: Split
     api: ApiSettings = field(default_factory=ApiSettings)
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def resolved(self, *, cpus: float, gpus: float) -> Config:
         """With every "auto" decided for a machine of that size."""
@@ -176,11 +178,27 @@ class _Api(_Section):
         return ApiSettings(Keys.of(self.keys, self.admin_key), self.limits, sticky)
 
 
+class _Webhook(_Section):
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")]
+    secret: Annotated[str, Field(min_length=8)]
+
+
+class _Rollouts(_Section):
+    store: Annotated[str, Field(pattern=r"^(sqlite|postgresql)[a-z+]*://")] | None = None
+    webhooks: Annotated[list[_Webhook], Field(max_length=32)] = []
+    recorded_parcels: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
+
+    def build(self) -> RolloutSettings:
+        hooks = tuple(Webhook(hook.url, hook.secret) for hook in self.webhooks)
+        return RolloutSettings(self.store, hooks, self.recorded_parcels)
+
+
 class _File(_Section):
     model: _Model
     variants: Annotated[list[_VariantEntry], Field(min_length=1)]
     traffic: _Traffic = _Traffic()
     api: _Api = _Api()
+    rollouts: _Rollouts = _Rollouts()
 
     def build(self) -> Config:
         names = [entry.name for entry in self.variants]
@@ -192,6 +210,7 @@ class _File(_Section):
             variants=tuple(entry.build(self.model) for entry in self.variants),
             split=self._split(names),
             api=self.api.build(self.traffic.sticky),
+            rollouts=self.rollouts.build(),
         )
 
     def _split(self, names: list[str]) -> Split:
@@ -224,7 +243,7 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(path, _unknown(str(first["loc"][-1]), list(_section(first["loc"][:-1]).model_fields)))
     if first["type"] == "missing":
         return ConfigError(path, "is missing")
-    got = "" if first["loc"][0] == "api" else f", got {first['input']!r}"  # keys are secrets
+    got = "" if first["loc"][0] in ("api", "rollouts") else f", got {first['input']!r}"  # keys are secrets
     return ConfigError(path, f"{first['msg'][0].lower()}{first['msg'][1:]}{got}")
 
 
@@ -235,7 +254,11 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _section(location: tuple[int | str, ...]) -> type[_Section]:
     """The section that a location lies in: `("variants", 1)` is a variant's entry."""
-    sections: dict[str, type[_Section]] = {"model": _Model, "variants": _VariantEntry, "traffic": _Traffic, "api": _Api}
+    sections: dict[str, type[_Section]] = {
+        "model": _Model, "variants": _VariantEntry, "traffic": _Traffic, "api": _Api, "rollouts": _Rollouts,
+    }  # fmt: skip
+    if location[:2] == ("rollouts", "webhooks"):
+        return _Webhook
     return sections[str(location[0])] if location else _File
 
 

@@ -14,7 +14,8 @@ Calls block: from async code, call them in a thread. Times are the caller's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ from serve.errors import ConfigError, SetupError
 from serve.rollout.outcome import Batch, Outcome
 from serve.rollout.rollout import Entry, Rollout
 
-__all__ = ["Lease", "LeaseLost", "Record", "Store"]
+__all__ = ["Lease", "LeaseLost", "Record", "Store", "StoreUnavailable"]
 
 _KEPT_PARCELS: Final = 20_000
 _ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only on INTEGER
@@ -86,7 +87,11 @@ _LEASES: Final = Table(
 )
 
 
-class LeaseLost(SetupError):
+class StoreUnavailable(SetupError):
+    """The database does not answer, or refuses. What was asked for has not happened."""
+
+
+class LeaseLost(StoreUnavailable):
     """Another controller is in office. Stop acting; ask for the lease again."""
 
 
@@ -119,14 +124,23 @@ class Store:
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise ConfigError("rollouts.store", f"is no usable database URL: {error}") from error
         except SQLAlchemyError as error:
-            raise SetupError(f"the rollout store cannot be opened: {error}") from error
+            raise StoreUnavailable(f"the rollout store cannot be opened: {_first_line(error)}") from error
 
     def close(self) -> None:
         self._engine.dispose()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """All of the block or nothing. The database's own errors become StoreUnavailable, here and nowhere else."""
+        try:
+            with self._engine.begin() as db:
+                yield db
+        except SQLAlchemyError as error:
+            raise StoreUnavailable(f"the rollout store does not answer: {_first_line(error)}") from error
+
     def acquire(self, holder: str, now_s: float, ttl_s: float = 15.0) -> Lease | None:
         """Take or renew the office until `now_s + ttl_s`; None while another holder's lease runs."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             row = db.execute(select(_LEASES).where(_LEASES.c.name == "controller")).first()
             if row is None:
                 return self._first_lease(db, holder, now_s + ttl_s)
@@ -142,39 +156,41 @@ class Store:
 
     def release(self, lease: Lease) -> None:
         """Leave office, so that a successor need not wait."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             mine = (_LEASES.c.holder == lease.holder) & (_LEASES.c.fence == lease.fence)
             db.execute(update(_LEASES).where(mine).values(expires_at_s=float("-1e300")))
 
     def commit(self, lease: Lease, rollout: Rollout, entries: Iterable[Entry] = ()) -> None:
         """Journal the entries and the rollout as it stands now, together or not at all. Before acting on them."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             self._check(db, lease)
-            rows = [
-                {
-                    "rollout": rollout.id,
-                    "at_s": entry.at_s,
-                    "kind": entry.kind,
-                    "sentence": entry.sentence,
-                    "facts": json.dumps(entry.facts),
-                }
-                for entry in entries
-            ]
-            if rows:
+            if rows := [_row(rollout.id, entry) for entry in entries]:
                 db.execute(insert(_JOURNAL), rows)
             self._checkpoint(db, rollout)
 
     def keep(self, lease: Lease, rollout: str, parcels: Sequence[Batch]) -> None:
         """Write parcels down; count them (`Rollout.take`) afterwards."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             self._check(db, lease)
             rows = [{"rollout": rollout, "parcel": json.dumps(parcel.to_dict())} for parcel in parcels]
             if rows:
                 db.execute(insert(_PARCELS), rows)
 
+    def note(self, lease: Lease, subject: str, entry: Entry) -> None:
+        """A line of the journal that belongs to no rollout: traffic that was moved by hand."""
+        with self._transaction() as db:
+            self._check(db, lease)
+            db.execute(insert(_JOURNAL), [_row(subject, entry)])
+
+    def prune(self, lease: Lease, subject: str, kept: int) -> None:
+        """Keep the newest parcels of that subject, and drop the rest."""
+        with self._transaction() as db:
+            self._check(db, lease)
+            self._prune(db, subject, kept)
+
     def load(self, rollout: str) -> Rollout | None:
         """The rollout as it stood when the last write returned."""
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             row = db.execute(select(_CHECKPOINTS).where(_CHECKPOINTS.c.rollout == rollout)).first()
             if row is None:
                 return None
@@ -185,10 +201,15 @@ class Store:
             whole.take(Batch.from_dict(json.loads(parcel)))
         return whole
 
+    def ids(self) -> list[str]:
+        """All rollouts, in the order in which they began."""
+        with self._transaction() as db:
+            return list(db.execute(select(_CHECKPOINTS.c.rollout).order_by(_CHECKPOINTS.c.started_at_s)).scalars())
+
     def latest(self) -> str | None:
         """The id of the rollout that was begun last, ended or not."""
         query = select(_CHECKPOINTS.c.rollout).order_by(_CHECKPOINTS.c.started_at_s.desc()).limit(1)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             return db.execute(query).scalar()
 
     def journal(self, rollout: str | None = None) -> list[Record]:
@@ -196,14 +217,14 @@ class Store:
         query = select(_JOURNAL).order_by(_JOURNAL.c.id)
         if rollout is not None:
             query = query.where(_JOURNAL.c.rollout == rollout)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             rows = db.execute(query).all()
         return [Record(row.id, row.rollout, row.at_s, row.kind, row.sentence, json.loads(row.facts)) for row in rows]
 
     def recorded(self, rollout: str) -> list[Outcome]:
         """The ends of requests in the parcels that are still kept, for `certify`."""
         query = select(_PARCELS.c.parcel).where(_PARCELS.c.rollout == rollout).order_by(_PARCELS.c.id)
-        with self._engine.begin() as db:
+        with self._transaction() as db:
             parcels = db.execute(query).scalars().all()
         outcomes = (outcome for parcel in parcels for outcome in Batch.from_dict(json.loads(parcel)).outcomes)
         return [outcome for outcome in outcomes if not outcome.is_open]
@@ -234,8 +255,22 @@ class Store:
         known = _CHECKPOINTS.c.rollout == rollout.id
         if not db.execute(update(_CHECKPOINTS).where(known).values(**values)).rowcount:
             db.execute(insert(_CHECKPOINTS).values(rollout=rollout.id, **values))
-        old = (_PARCELS.c.rollout == rollout.id) & (_PARCELS.c.id <= last - self._kept_parcels)
-        db.execute(delete(_PARCELS).where(old))
+        self._prune(db, rollout.id, self._kept_parcels)
+
+    def _prune(self, db: Connection, subject: str, kept: int) -> None:
+        mine = _PARCELS.c.rollout == subject
+        oldest = select(_PARCELS.c.id).where(mine).order_by(_PARCELS.c.id.desc()).offset(kept).limit(1)
+        if (bound := db.execute(oldest).scalar()) is not None:
+            db.execute(delete(_PARCELS).where(mine & (_PARCELS.c.id <= bound)))
+
+
+def _row(subject: str, entry: Entry) -> dict[str, Any]:
+    facts = json.dumps(entry.facts)
+    return {"rollout": subject, "at_s": entry.at_s, "kind": entry.kind, "sentence": entry.sentence, "facts": facts}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _engine(url: str) -> Engine:

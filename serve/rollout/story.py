@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from serve.rollout.judge import Finding, Verdict
+from serve.rollout.machine import State
 
-__all__ = ["Chapter", "Line", "Story", "explain", "history", "overview"]
+__all__ = ["Chapter", "Line", "Story", "explain", "history", "overview", "summary"]
 
 
 class Row(Protocol):
@@ -119,12 +120,36 @@ def explain(rows: Sequence[Row]) -> Story:
     )
 
 
-def overview(rows: Iterable[Row]) -> list[Story]:
-    """All rollouts of a journal, the newest first."""
+def overview(rows: Iterable[Row], now_s: float) -> list[dict[str, Any]]:
+    """The summaries of all rollouts of a journal, the newest first."""
     by_rollout: dict[str, list[Row]] = {}
     for row in rows:
         by_rollout.setdefault(row.rollout, []).append(row)
-    return [explain(own) for own in reversed(by_rollout.values())]
+    return [summary(own, now_s) for own in reversed(by_rollout.values())]
+
+
+def summary(rows: Sequence[Row], now_s: float) -> dict[str, Any]:
+    """One rollout in a line of a table, JSON-ready (ROLLOUT in docs/ROLLOUTS.md)."""
+    story, plan = explain(rows), rows[0].facts["plan"]
+    moves = [row for row in rows if row.kind == "transition"]
+    state = State.from_dict(moves[-1].facts["state"]) if moves else State()
+    split = moves[-1].facts["split"] if moves else rows[0].facts["base"]
+    return {
+        "id": story.rollout,
+        "stable": story.stable,
+        "canary": story.canary,
+        "phase": story.phase,
+        "step": state.step,
+        "steps": len(plan["steps"]),
+        "weight": split["weights"].get(story.canary, 0.0),
+        "shadow_rate": split["shadow"].get(story.canary, 0.0),
+        "ended": state.ended,
+        "paused": state.paused,
+        "started_at_s": story.started_at_s,
+        "lasted_s": story.lasted_s if state.ended else max(0.0, now_s - story.started_at_s),
+        "decisive": story.decisive,
+        "sentence": story.sentence,
+    }
 
 
 def _last_verdict(rows: Sequence[Row]) -> Verdict | None:
