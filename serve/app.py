@@ -13,6 +13,7 @@ on that port itself, one hop less, with no proxy of Serve's whose own routes wou
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,30 +112,46 @@ class _VariantDeployment:
 
 
 class _ControllerDeployment:
-    """`serve.controller.Controller`, as Ray sees it: all on one event loop."""
+    """`serve.controller.Controller` and its rollouts, as Ray sees them: all on one event loop."""
 
-    def __init__(self, config: Config) -> None:
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]
         from serve.controller import Controller
+        from serve.progression import Progression
 
         self._controller = Controller(config)
+        self._rollouts = Progression(config, self._controller)
+        await self._rollouts.open()
 
     async def replica(self, beat: ReplicaBeat) -> bool:
         return self._controller.replica(beat)
 
     async def ingress(self, beat: IngressBeat) -> View:
-        return self._controller.ingress(beat)
+        self._controller.ingress(beat)
+        counted = await self._rollouts.take(beat.batch)
+        return replace(self._controller.view(), counted=counted)
 
     async def view(self) -> View:
         return self._controller.view()
 
     async def set_traffic(self, weights: Mapping[str, float]) -> View:
-        return self._controller.set_traffic(weights)
+        self._rollouts.require_idle("dealing traffic by hand")
+        view = self._controller.set_traffic(weights)
+        await self._rollouts.moved_by_hand(view.split)
+        return view
 
     async def metrics(self, beat: IngressBeat) -> str:
-        return self._controller.metrics(beat)
+        return self._controller.metrics(beat, self._rollouts.snapshot())
 
     async def variants(self) -> list[dict[str, Any]]:
         return self._controller.variants()
+
+    async def rollouts(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        """`start`, `order`, `all`, `show`, `history` or `recorded` of the rollouts."""
+        answer: Mapping[str, Any] = await getattr(self._rollouts, method)(*arguments)
+        return answer
+
+    async def __del__(self) -> None:  # Serve awaits it
+        await self._rollouts.close()
 
 
 @rayserve.ingress()
@@ -150,12 +167,12 @@ class _IngressDeployment:
     ) -> None:
         from serve.api.app import create_app
         from serve.listener import Listener
-        from serve.remote import RemoteController, RemoteVariant
+        from serve.remote import RemoteController, RemoteRollouts, RemoteVariant
         from serve.router import Router
 
         links = {name: RemoteVariant(name, handle) for name, handle in variants.items()}
         self._router = Router(config.model_name, links, RemoteController(controller))
-        self._app = create_app(self._router, config.api)
+        self._app = create_app(self._router, config.api, RemoteRollouts(controller))
         self._router.open()
         self._listener = Listener(self._app, **listen) if listen else None
         if self._listener:

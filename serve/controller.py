@@ -2,7 +2,7 @@
 
 Nothing waits for it. If it is gone, ingresses go on with the last split and replicas go on serving; a new one learns
 the states from the next reports and the split from the ingresses. It knows neither models nor HTTP, and its clock is
-given to it.
+given to it: one that never jumps, for it only measures silence. Rollouts live beside it (`serve.progression`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from serve.config import Config
 from serve.errors import ConfigError
 from serve.heartbeat import IngressBeat, ReplicaBeat, VariantState, View
 from serve.metrics import Ledger, Recorder, Snapshot, VariantLabels
+from serve.office import Scene
 from serve.rollout import Split, kl_guard_nats
 
 __all__ = ["Controller"]
@@ -33,6 +34,15 @@ class _Heard:
     at_s: float
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """An ingress: when it spoke last, the split that it deals by, and the deaths that it has told of."""
+
+    at_s: float
+    revision: int
+    deaths: Mapping[str, int]
+
+
 class Controller:
     """Merges reports, deals traffic. Every method is short and synchronous: one event loop, no locks."""
 
@@ -41,9 +51,10 @@ class Controller:
         self._clock = clock
         self._split = config.split
         self._replicas: dict[str, _Heard] = {}
-        self._ingresses: dict[str, float] = {}
+        self._ingresses: dict[str, _Seen] = {}
         self._reports: dict[str, Mapping[str, Any]] = {}
         self._ledger = Ledger()
+        self._told_of_death: list[Callable[[str], None]] = []
 
     def replica(self, beat: ReplicaBeat) -> bool:
         """Take a replica's report; True asks it to send its load report again."""
@@ -59,8 +70,13 @@ class Controller:
 
     def ingress(self, beat: IngressBeat) -> View:
         """Take an ingress's report and answer with the view. A newer split than ours is one that we have forgotten."""
-        self._ingresses[beat.process] = self._clock()
+        before = self._ingresses.get(beat.process)
+        revision = beat.split.revision if beat.split else -1
+        self._ingresses[beat.process] = _Seen(self._clock(), revision, beat.deaths)
         self._ledger.update(beat.process, beat.snapshot)
+        for variant, count in beat.deaths.items():
+            if before and count > before.deaths.get(variant, 0):
+                self._witnessed(variant)
         if beat.split and beat.split.revision > self._split.revision and self._knows(beat.split):
             self._split = beat.split
         return self.view()
@@ -78,10 +94,28 @@ class Controller:
         self._split = self._split.moved(weights)
         return self.view()
 
-    def metrics(self, beat: IngressBeat) -> str:
+    @property
+    def split(self) -> Split:
+        return self._split
+
+    def deal(self, split: Split) -> None:
+        """Put a rollout's split in force, unless a newer one is."""
+        if split.revision > self._split.revision and self._knows(split):
+            self._split = split
+
+    def scene(self) -> Scene:
+        """What a rollout may know of the rest."""
+        revisions = [seen.revision for seen in self._ingresses.values()]
+        return Scene({state.name: state for state in self.view().variants}, min(revisions, default=-1))
+
+    def on_death(self, told: Callable[[str], None]) -> None:
+        """From now on `told(variant)` is called for every replica that dies."""
+        self._told_of_death.append(told)
+
+    def metrics(self, beat: IngressBeat, *beside: Snapshot) -> str:
         """All that was counted anywhere, with the asking ingress's newest numbers, as Prometheus text."""
         self.ingress(beat)
-        return self._ledger.render(self._own_gauges())
+        return self._ledger.render(self._own_gauges(), *beside)
 
     def variants(self) -> list[dict[str, Any]]:
         """One JSON-ready mapping per variant: its state, its traffic, how it was loaded and what it takes now."""
@@ -127,13 +161,26 @@ class Controller:
         deadline_s = self._clock() - _SILENT_S
         for process in [name for name, heard in self._replicas.items() if heard.at_s < deadline_s]:
             self._forget(process)
-        for process in [name for name, at_s in self._ingresses.items() if at_s < deadline_s]:
+        for process in [name for name, seen in self._ingresses.items() if seen.at_s < deadline_s]:
             del self._ingresses[process]
             self._ledger.retire(process)
         for variant in self._config.variants:
             heard = [(h.at_s, name) for name, h in self._replicas.items() if h.beat.variant == variant.name]
             for _, process in sorted(heard)[: max(0, len(heard) - variant.resources.replicas)]:
                 self._forget(process)
+                self._tell_of_death(variant.name)
+
+    def _witnessed(self, variant: str) -> None:
+        """A request met a dead replica. An only one is forgotten at once, so that nobody is sent to it; if it lives
+        after all, its next report brings it back."""
+        heard = [name for name, h in self._replicas.items() if h.beat.variant == variant]
+        if len(heard) == 1:
+            self._forget(heard[0])
+        self._tell_of_death(variant)
+
+    def _tell_of_death(self, variant: str) -> None:
+        for told in self._told_of_death:
+            told(variant)
 
     def _forget(self, process: str) -> None:
         self._replicas.pop(process, None)

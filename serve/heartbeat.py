@@ -48,6 +48,8 @@ class IngressBeat:
     batch: Batch
     snapshot: Snapshot
     split: Split | None = None
+    deaths: Mapping[str, int] = field(default_factory=dict)
+    """Times that a replica broke under a request, by variant, since the ingress started."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class View:
 
     split: Split
     variants: tuple[VariantState, ...]
+    counted: bool = True
+    """The batch of the beat that this answers is in safe hands; otherwise its records are sent again."""
 
     @property
     def settled(self) -> bool:

@@ -1,8 +1,8 @@
-"""Rollouts on the controller's event loop: one thread keeps the office, one task ticks, what is written down is applied.
+"""Rollouts on the controller's event loop: one thread keeps the office, one task ticks, what is written down is done.
 
-The loop is never blocked: every call to the office (`serve.office`, which waits for a database) goes through one thread,
-in order. What comes back is a `Standing`, and it is applied here: the split to the controller, news to the webhooks.
-Knows neither Ray nor HTTP.
+The loop is never blocked: every call to the office (`serve.office`, which waits for a database) goes through one
+thread, in order. What comes back is a `Standing`, and it is applied here: the split to the controller, news to the
+webhooks. Knows neither Ray nor HTTP.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any, Final, Protocol, TypeVar
+from itertools import product
+from typing import Any, Final, Protocol, TypeVar, get_args
 from uuid import uuid4
 
+from serve import metrics
 from serve.config import Config
 from serve.errors import ConfigError, Conflict, VariantUnavailable
+from serve.metrics import Recorder, Snapshot, VariantLabels
 from serve.office import TRAFFIC, News, Office, Scene, Standing, default_store
 from serve.rollout import Batch, Plan, Split
-from serve.rollout.certify import certify
 from serve.rollout.estimate import Estimate, Traffic, estimate
-from serve.rollout.machine import Command
+from serve.rollout.judge import Result
+from serve.rollout.machine import MOVES, Command
 from serve.rollout.proposal import Proposal
 from serve.rollout.store import Store
 from serve.rollout.story import history, overview, summary
+from serve.variant import Variant
 
 __all__ = ["House", "Progression"]
 
@@ -51,16 +55,8 @@ class House(Protocol):
         """Put a split in force, if it is newer than the one that is."""
         ...
 
-    def free(self, variants: frozenset[str]) -> None:
-        """Give back the memory of these variants, and of no others."""
-        ...
-
     def on_death(self, told: Callable[[str], None]) -> None:
         """Call `told(variant)` for every replica that died."""
-        ...
-
-    def refuse_if_it_does_not_fit(self, canary: str) -> str:
-        """Raises Conflict with the arithmetic; returns it where there is room."""
         ...
 
 
@@ -110,6 +106,21 @@ class Progression:
     def standing(self) -> Standing:
         return self._standing
 
+    def snapshot(self) -> Snapshot:
+        """The phase of the rollout that was begun last, and the verdicts so far."""
+        recorder, labels = Recorder(), {v.name: self._labels(v) for v in self._config.variants}
+        for variant, result in product(labels, get_args(Result)):
+            count = self._standing.verdicts.get((variant, result), 0)
+            recorder.set(metrics.ROLLOUT_VERDICTS, labels[variant], count, result)
+        if self._standing.canary in labels:
+            for phase in MOVES:
+                at = float(phase == self._standing.phase)
+                recorder.set(metrics.ROLLOUT_PHASE, labels[self._standing.canary], at, phase)
+        return recorder.snapshot()
+
+    def _labels(self, variant: Variant) -> VariantLabels:
+        return VariantLabels(self._config.model_name, variant.name, variant.precision)
+
     # What happens
 
     async def take(self, batch: Batch) -> bool:
@@ -138,11 +149,15 @@ class Progression:
         await self._call(self._office.moved_by_hand, split, self._clock())
         self._apply(await self._call(self._office.standing))
 
+    async def tick(self) -> None:
+        """Judge and move on; once a second, and whenever something has changed."""
+        self._apply(await self._call(self._office.tick, self._house.scene(), self._clock()))
+
     async def _tick_for_ever(self) -> None:
         while True:
             try:
-                self._apply(await self._call(self._office.tick, self._house.scene(), self._clock()))
-            except Exception:
+                await self.tick()
+            except Exception:  # noqa: BLE001  the watch must go on, whatever one look ran into
                 _LOG.exception("the rollout could not be moved on; the split in force stays")
             await asyncio.sleep(_TICK_S)
 
@@ -162,7 +177,6 @@ class Progression:
         self._standing = replace(standing, news=())
         if standing.split is not None:
             self._house.deal(standing.split)
-        self._house.free(standing.freed)
         for news in standing.news:
             self._announce(news)
 
@@ -172,16 +186,14 @@ class Progression:
         """Begin a rollout, or with `dry_run` say what it would need. Raises ConfigError, NotFound, Conflict."""
         proposal = Proposal.read(body)
         plan, expected_from = self._plan(proposal)
-        memory = self._house.refuse_if_it_does_not_fit(plan.canary)
         if proposal.dry_run:
             needs = await self._call(self._estimate, plan)
             return {
                 "plan": plan.to_dict(),
                 "expected_from": expected_from,
-                "memory": memory,
                 "needs": needs.to_dict(),
             }
-        notes = {"expected_from": expected_from, "memory": memory}
+        notes = {"expected_from": expected_from}
         scene, now_s = self._house.scene(), self._clock()
         id = await self._call(self._office.begin, plan, self._house.split, notes, proposal.by, scene, now_s)
         self._apply(await self._call(self._office.standing))
@@ -194,7 +206,7 @@ class Progression:
         self._apply(await self._call(self._office.standing))
         return await self.show(id)
 
-    async def list(self) -> Mapping[str, Any]:
+    async def all(self) -> Mapping[str, Any]:
         rows = await self._call(lambda: overview(self._office.journal(), self._clock()))
         return {"active": self._standing.active, "rollouts": rows}
 
@@ -204,19 +216,9 @@ class Progression:
     async def history(self, id: str) -> Mapping[str, Any]:
         return await self._call(lambda: {"id": id, "lines": self._lines(id)})
 
-    async def certify(self, id: str, replays: int, seed: int) -> Mapping[str, Any]:
-        """Replay what was recorded, under that rollout's plan; "traffic" replays what came without a rollout, under the
-        default plan. Long: it runs in a thread of its own, beside the office."""
-        recorded = await self._call(self._office.recorded, id)
-        if id == TRAFFIC:
-            others = [v.name for v in self._config.variants if v.name != self._house.split.stable]
-            plan, _ = self._plan(Proposal.read({"to": others[0] if others else ""}))
-        else:
-            plan = await self._call(lambda: self._office.whole(id).plan)
-        if not any(outcome.variant == plan.stable for outcome in recorded):
-            raise Conflict(f"nothing is recorded of {plan.stable} under {id!r}: let it serve for a while first")
-        told = await asyncio.to_thread(certify, plan, recorded, replays=replays, seed=seed, looks_every=200)
-        return told.to_dict()
+    async def recorded(self, id: str) -> Mapping[str, Any]:
+        """The outcomes that are kept of a rollout with its plan, or, for "traffic", those that came without one."""
+        return await self._call(self._recorded, id)
 
     def _plan(self, proposal: Proposal) -> tuple[Plan, str]:
         variants = {variant.name: variant for variant in self._config.variants}
@@ -244,6 +246,12 @@ class Progression:
             "verdict": rollout.verdict.to_dict() if rollout.verdict else None,
         }
 
+    def _recorded(self, id: str) -> dict[str, Any]:
+        outcomes = [outcome.to_dict() for outcome in self._office.recorded(id)]
+        plan = None if id == TRAFFIC else self._office.whole(id).plan.to_dict()
+        stable = plan["stable"] if plan else self._house.split.stable
+        return {"id": id, "stable": stable, "plan": plan, "outcomes": outcomes}
+
     def _lines(self, id: str) -> list[dict[str, Any]]:
         self._office.whole(id)
         return [asdict(line) for line in history(self._office.journal(id))]
@@ -263,5 +271,3 @@ class Progression:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-

@@ -21,7 +21,7 @@ from serve.generation import GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, ReplicaBeat, View
 from serve.hop import Parcel, ReplicaDied
 
-__all__ = ["Handle", "RemoteController", "RemoteVariant", "as_halftone"]
+__all__ = ["Handle", "RemoteController", "RemoteRollouts", "RemoteVariant", "as_halftone"]
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER_TIMEOUT_S = 5.0
@@ -91,6 +91,37 @@ class RemoteController:
         with _mapped("the controller"):
             async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
                 return await response
+
+
+class RemoteRollouts:
+    """The controller's rollouts (`serve.api.rollouts.Rollouts`)."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def start(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await self._call("start", dict(body))
+
+    async def order(self, id: str, order: str, by: str) -> Mapping[str, Any]:
+        return await self._call("order", id, order, by)
+
+    async def all(self) -> Mapping[str, Any]:
+        return await self._call("all")
+
+    async def show(self, id: str) -> Mapping[str, Any]:
+        return await self._call("show", id)
+
+    async def history(self, id: str) -> Mapping[str, Any]:
+        return await self._call("history", id)
+
+    async def recorded(self, id: str) -> Mapping[str, Any]:
+        return await self._call("recorded", id)
+
+    async def _call(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        with _mapped("the controller"):
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                answer: Mapping[str, Any] = await self._handle.rollouts.remote(method, *arguments)
+                return answer
 
 
 @contextmanager

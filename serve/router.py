@@ -99,8 +99,10 @@ class Router:
     async def beat(self) -> None:
         """One exchange with the controller. Raises HalftoneError if it does not answer."""
         report = self._report()
-        self._see(await self._control.ingress(report))
-        self._journal.acknowledge(report.batch)
+        view = await self._control.ingress(report)
+        self._see(view)
+        if view.counted:
+            self._journal.acknowledge(report.batch)
 
     @property
     def settled(self) -> bool:

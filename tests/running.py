@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,13 +27,24 @@ def free_port() -> int:
 
 
 class Halftone:
-    """`with Halftone("config.yaml") as server:` runs from ready to gone. `announced` is what `--json` printed."""
+    """`with Halftone("config.yaml") as server:` runs from ready to gone. `announced` is what `--json` printed.
 
-    def __init__(self, *arguments: str, port: int | None = None, ready_s: float = 180.0) -> None:
+    state: where it remembers rollouts; None is a folder of its own that ends with it.
+    """
+
+    def __init__(
+        self, *arguments: str, port: int | None = None, ready_s: float = 180.0, state: Path | None = None
+    ) -> None:
+        self._state = tempfile.TemporaryDirectory(prefix="halftone-state-")
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "serve", "serve", *arguments, "--port", str(self.port), "--json"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "")}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", ""),
+            "HALFTONE_STATE": str(state or self._state.name),
+        }
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -105,6 +117,7 @@ class Halftone:
             for pipe in (self.process.stdout, self.process.stderr):
                 if pipe is not None:
                     pipe.close()
+            self._state.cleanup()
         return left
 
     def metric(self, name: str, **labels: str) -> float:

@@ -4,7 +4,7 @@
 """
 
 from serve.api.auth import Keys
-from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState
+from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState, Rollouts
 from serve.api.limits import Limits
 from serve.api.settings import ApiSettings
 

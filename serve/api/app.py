@@ -11,7 +11,7 @@ from typing import Final
 from fastapi import FastAPI
 
 from serve.api.auth import PUBLIC_PATHS
-from serve.api.backend import Backend
+from serve.api.backend import Backend, Rollouts
 from serve.api.errors import install_error_handlers
 from serve.api.guard import Guard
 from serve.api.openapi import describe
@@ -21,6 +21,7 @@ from serve.api.routes import (
     index_routes,
     model_routes,
     operation_routes,
+    rollout_routes,
     token_routes,
 )
 from serve.api.settings import ApiSettings
@@ -34,7 +35,7 @@ _DESCRIPTION: Final = (
 )
 
 
-def create_app(backend: Backend, settings: ApiSettings | None = None) -> FastAPI:
+def create_app(backend: Backend, settings: ApiSettings | None = None, rollouts: Rollouts | None = None) -> FastAPI:
     settings = settings or ApiSettings()
     # No redirects to paths with a slash: they would be built from the client's own Host header.
     app = FastAPI(
@@ -50,6 +51,8 @@ def create_app(backend: Backend, settings: ApiSettings | None = None) -> FastAPI
     app.include_router(token_routes(backend, settings))
     app.include_router(operation_routes(backend))
     app.include_router(admin_routes(backend, settings))
+    if rollouts is not None:
+        app.include_router(rollout_routes(rollouts, settings))
     app.include_router(dashboard_routes())
     app.include_router(index_routes(app))
     install_error_handlers(app)

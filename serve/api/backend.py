@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Tokenized
 
-__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState"]
+__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState", "Rollouts"]
 
 ModelState = Literal["loading", "ready", "failed"]
 
@@ -116,3 +116,22 @@ class Backend(Protocol):
         Raises `ConfigError` with the key's path.
         """
         ...
+
+
+class Rollouts(Protocol):
+    """All that the rim asks about rollouts; answers are JSON-ready, in the shapes of docs/ROLLOUTS.md.
+
+    Raises `NotFound` for an unknown id, `Conflict` for what means nothing now, `ConfigError` for a plan's key.
+    """
+
+    async def start(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    async def order(self, id: str, order: str, by: str) -> Mapping[str, Any]: ...
+
+    async def all(self) -> Mapping[str, Any]: ...
+
+    async def show(self, id: str) -> Mapping[str, Any]: ...
+
+    async def history(self, id: str) -> Mapping[str, Any]: ...
+
+    async def recorded(self, id: str) -> Mapping[str, Any]: ...

@@ -13,6 +13,8 @@ from serve.api.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    OrderBody,
+    RolloutBody,
     TokenizeChatBody,
     TokenizeTextBody,
     TrafficBody,
@@ -27,6 +29,8 @@ _BODIES: Final[tuple[type[Body], ...]] = (
     TokenizeChatBody,
     DetokenizeBody,
     TrafficBody,
+    RolloutBody,
+    OrderBody,
 )
 _REF: Final = "#/components/schemas/{model}"
 _TEXT_OR_NULL: Final = {"anyOf": [{"type": "string"}, {"type": "null"}]}

@@ -70,4 +70,4 @@ def test_a_rollout_that_waits_says_what_for() -> None:
     assert story.phase == "progressing"
     assert story.decisive is None
     assert "KL divergence: no data" in next(c.sentence for c in story.chapters if c.guard == "kl_divergence")
-    assert [one.rollout for one in overview(store.journal())] == ["r1"]
+    assert [one["id"] for one in overview(store.journal(), 0.0)] == ["r1"]

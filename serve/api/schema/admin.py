@@ -1,4 +1,4 @@
-"""`PUT /admin/traffic`."""
+"""`PUT /admin/traffic`, and what is posted to `/admin/rollouts`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from serve.api.schema.body import Body
 
-__all__ = ["TrafficBody"]
+__all__ = ["OrderBody", "RolloutBody", "TrafficBody"]
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,3 +19,15 @@ class TrafficBody(Body):
     shadow: Annotated[dict[str, Share], Field(max_length=256)] | None = Field(
         default=None, description="Share of requests mirrored to a variant; absent leaves it as it is."
     )
+
+
+class RolloutBody(Body):
+    """A plan as in YAML; its own keys (steps, guards, shadow ...) are described in docs/ROLLOUTS.md."""
+
+    to: Annotated[str, Field(min_length=1, max_length=64, description="The variant to roll out.")]
+    dry_run: bool = False
+    by: Annotated[str, Field(min_length=1, max_length=100, description="Who asks, for the journal.")] = "operator"
+
+
+class OrderBody(Body):
+    by: Annotated[str, Field(min_length=1, max_length=100, description="Who asks, for the journal.")] = "operator"
