@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serve.commands import artifacts
+from serve.commands import artifacts, rollout
 from serve.commands.bench import bench
 from serve.commands.compress import compress
 from serve.commands.evaluate import evaluate
@@ -67,6 +67,7 @@ app.command()(compress)
 app.command()(evaluate)
 app.command()(bench)
 app.add_typer(artifacts.app, name="artifacts")
+app.add_typer(rollout.app, name="rollout")
 
 
 def main() -> None:

@@ -8,4 +8,4 @@ from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState, Roll
 from serve.api.limits import Limits
 from serve.api.settings import ApiSettings
 
-__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState"]
+__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState", "Rollouts"]
