@@ -1,4 +1,4 @@
-"""The commands: `run` measures, `compare` and `report` read what it wrote.
+"""The commands: `run` and `engine` measure, `compare` and `report` read what `run` wrote.
 
 Standard output holds the result (with `--json`, the JSON alone), standard error the progress. Exit codes: 0
 measured and within the SLO, 1 the SLO was missed, 2 wrong usage, 3 no request succeeded, 130 interrupted.
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from loadtest import options
+from loadtest.engine.command import engine
 from loadtest.errors import LoadTestError, SettingsError
 
 SLO_MISSED, WRONG_USAGE, NOTHING_SUCCEEDED, INTERRUPTED = 1, 2, 3, 130
@@ -155,6 +156,8 @@ def report(
     write_report(found, out, png, [path.stem for path in paths])
     print(out)
 
+
+app.command()(engine)
 
 _OPTIONS = frozenset(inspect.signature(run).parameters) - frozenset(
     ("context", "scenario", "output", "raw", "html", "quiet", "as_json")
