@@ -88,6 +88,12 @@ class EngineCore:
         return "native path"
 
     @property
+    def torch_threads(self) -> int | None:
+        """How many threads torch should use on the engine's thread; None leaves its default."""
+        # Beside the kernels' own team one: torch's helpers spin for a while after each call, on the team's cores.
+        return 1 if isinstance(self._runner, NativeRunner) else self.settings.threads
+
+    @property
     def is_idle(self) -> bool:
         """Whether every answer is finished."""
         return not self._answers

@@ -120,8 +120,8 @@ class Engine:
     # The engine's own thread
 
     def _loop(self) -> None:
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
+        if threads := self._core.torch_threads:
+            torch.set_num_threads(threads)
         with torch.inference_mode():
             while self._wait():
                 self._deliver(self._take_in() + self._core.step())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from serve.kernels.library import Linear, address, library, team
+from serve.kernels.memory import allocate
 
 __all__ = ["PackedLinear"]
 
@@ -70,7 +71,7 @@ class PackedLinear:
         half = scales.dtype == torch.bfloat16
         spec = Linear(format=_CODE4, outputs=codes.shape[0], inputs=codes.shape[1], group=group_size, half_scales=half)
         nearest_zero = int(levels.float().abs().argmin()) if zeros is None else 0
-        packed = torch.zeros(library().ht_packed_bytes(byref(spec)), dtype=torch.uint8)
+        packed = allocate(library().ht_packed_bytes(byref(spec)))
         library().ht_pack_codes(byref(spec), address(codes.contiguous(), torch.uint8), nearest_zero, address(packed))
         tensors = {"weight": packed, "scale": _by_panel(scales), "table": levels.to(torch.bfloat16).contiguous()}
         if zeros is not None:
@@ -89,7 +90,8 @@ class PackedLinear:
         starts = torch.tensor([0, *(len(part) for part in values)])[:-1].cumsum(0)
         bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
         masks = torch.cat([(keep.view(-1, 8) * bits).sum(1, dtype=torch.uint8) for keep in kept])
-        stream = torch.cat([*values, values[0].new_zeros(_LINE)])
+        stream = allocate(2 * (sum(len(part) for part in values) + _LINE)).view(torch.bfloat16)
+        torch.cat(values, out=stream[:-_LINE])
         return cls(spec, {"weight": stream, "scale": masks, "offset": starts, **_bias(bias)})
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class PackedLinear:
 
 
 def _pack(spec: Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    packed = torch.zeros(library().ht_packed_bytes(byref(spec)), dtype=torch.uint8)
+    packed = allocate(library().ht_packed_bytes(byref(spec)))
     library().ht_pack(byref(spec), address(weight.contiguous(), dtype), address(packed))
     return packed
 

@@ -28,18 +28,20 @@ class Product {
     kernels[rows - 1](a, stride, b, steps, sums, resume);
   }
 
-  // The same for `groups` (1 or 2) groups of 4-bit codes behind one another: sums [groups][kDirectRows][32].
-  void multiply_codes(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, int groups,
-                      int rows, float* sums) {
+  // The same with 4-bit codes, which become values in registers: for up to kDirectRows rows.
+  void multiply_codes(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, int rows,
+                      float* sums) {
     static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
-      return std::array{std::array{&code_block<kCount + 1, 1>, &code_block<kCount + 1, 2>}...};
+      return std::array{&code_block<kCount + 1>...};
     }(std::make_integer_sequence<int, kDirectRows>());
-    kernels[rows - 1][groups - 1](a, stride, codes, table, steps, sums);
+    kernels[rows - 1](a, stride, codes, table, steps, sums);
   }
 
   void release() {}
 
  private:
+  static constexpr int64_t kAhead = 4096, kCodesAhead = 8192;  // bytes of weights to prefetch
+
   template <bool kInteger>
   static __m512i dot(__m512i sum, __m512i x, __m512i line) {
     if constexpr (kInteger) return _mm512_dpbusd_epi32(sum, x, line);
@@ -79,8 +81,8 @@ class Product {
 #pragma GCC unroll 16
       for (int w = 0; w < 16; ++w) {
         const __m512i left = _mm512_loadu_si512(b + w * 128), right = _mm512_loadu_si512(b + w * 128 + 64);
-        _mm_prefetch(b + w * 128 + 2 * kPanelStep, _MM_HINT_T0);
-        _mm_prefetch(b + w * 128 + 64 + 2 * kPanelStep, _MM_HINT_T0);
+        _mm_prefetch(b + w * 128 + kAhead, _MM_HINT_T0);
+        _mm_prefetch(b + w * 128 + 64 + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 16
         for (int r = 0; r < kCount; ++r) {
           const __m512i x = word(rows.row(r) + w * 4);
@@ -94,38 +96,32 @@ class Product {
       for (int half = 0; half < 2; ++half) _mm512_storeu_si512(sums + r * kPanel + half * 16, sum[r][half]);
   }
 
-  // Two groups at once are twice as many chains of sums: one row alone would wait for each sum before the next.
-  template <int kCount, int kGroups>
-  static void code_block(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps,
-                         float* sums) {
-    __m512i sum[kGroups][kCount][2] = {};
+  // Short chains overlap in the processor, so that one row keeps up with memory; the stream needs its prefetch for that.
+  template <int kCount>
+  static void code_block(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, float* sums) {
+    __m512i sum[kCount][2] = {};
     Rows<kCount> rows(a, stride);
     for (int64_t s = 0; s < steps; ++s, codes += kPanelStep / 4, rows.advance(kStepBytes)) {
 #pragma GCC unroll 4
-      for (int quad = 0; quad < 4; ++quad)
-#pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const uint8_t* line = codes + g * steps * (kPanelStep / 4) + quad * 64;
-          __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + 256);
-          _mm_prefetch(line + kPanelStep * 2, _MM_HINT_T0);
-          _mm_prefetch(line + 256 + kPanelStep * 2, _MM_HINT_T0);
+      for (int quad = 0; quad < 4; ++quad) {
+        __m512i left = _mm512_loadu_si512(codes + quad * 64), right = _mm512_loadu_si512(codes + quad * 64 + 256);
+        _mm_prefetch(codes + quad * 128 + kCodesAhead, _MM_HINT_T0);
+        _mm_prefetch(codes + quad * 128 + 64 + kCodesAhead, _MM_HINT_T0);
 #pragma GCC unroll 4
-          for (int nibble = 0; nibble < 4; ++nibble) {
-            const __m512i low = _mm512_permutexvar_epi16(left, table), high = _mm512_permutexvar_epi16(right, table);
+        for (int nibble = 0; nibble < 4; ++nibble) {
+          const __m512i low = _mm512_permutexvar_epi16(left, table), high = _mm512_permutexvar_epi16(right, table);
 #pragma GCC unroll 4
-            for (int r = 0; r < kCount; ++r) {
-              const __m512i x = word(rows.row(r) + g * steps * kStepBytes + (quad * 4 + nibble) * 4);
-              sum[g][r][0] = dot<false>(sum[g][r][0], x, low);
-              sum[g][r][1] = dot<false>(sum[g][r][1], x, high);
-            }
-            left = _mm512_srli_epi16(left, 4), right = _mm512_srli_epi16(right, 4);
+          for (int r = 0; r < kCount; ++r) {
+            const __m512i x = word(rows.row(r) + (quad * 4 + nibble) * 4);
+            sum[r][0] = dot<false>(sum[r][0], x, low);
+            sum[r][1] = dot<false>(sum[r][1], x, high);
           }
+          left = _mm512_srli_epi16(left, 4), right = _mm512_srli_epi16(right, 4);
         }
+      }
     }
-    for (int g = 0; g < kGroups; ++g)
-      for (int r = 0; r < kCount; ++r)
-        for (int half = 0; half < 2; ++half)
-          _mm512_storeu_si512(sums + (g * kDirectRows + r) * kPanel + half * 16, sum[g][r][half]);
+    for (int r = 0; r < kCount; ++r)
+      for (int half = 0; half < 2; ++half) _mm512_storeu_si512(sums + r * kPanel + half * 16, sum[r][half]);
   }
 };
 

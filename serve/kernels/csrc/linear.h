@@ -17,7 +17,7 @@ struct PanelRoom {
   explicit PanelRoom(Product& thread_product) : product(thread_product) {}
 
   void reserve(int64_t rows) {
-    grow(raw, std::max<int64_t>(rows, 2 * Product::kRows) * kPanel);
+    grow(raw, rows * kPanel);
     grow(sums, rows * kPanel);
   }
 };
@@ -71,37 +71,74 @@ inline void unpack_step(const uint8_t* codes, __m512i table, uint8_t* out) {
     }
 }
 
-inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
-  const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data());
-  const int64_t stride = padded(w.inputs) * 2, group_steps = w.group / 32, groups = w.groups();
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.table)));
+// One panel of 4-bit codes: where it lies, and how a group's raw sums become a part of the result.
+struct CodePanel {
+  const Linear& w;
+  const Activations& a;
+  int64_t panel;
   const uint8_t* codes = w.weight + panel * w.panel_bytes();
-  const auto scale_sums = [&](int64_t g, int64_t row, int count) {
+  const uint8_t* x = reinterpret_cast<const uint8_t*>(a.wide.data());
+  int64_t stride = padded(w.inputs) * 2, group_steps = w.group / 32, groups = w.groups();
+  __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.table)));
+
+  int64_t first_step(int64_t g) const { return std::min(g * group_steps, w.steps()); }
+  const uint8_t* step(int64_t s) const { return codes + s * (kPanelStep / 4); }
+
+  void add(int64_t g, int64_t row, int count, const float* raw, float* sums) const {
     const int64_t at = (panel * groups + g) * kPanel;
-    fold_rows(room, row, count, [&](int64_t r, int half, const float* raw, float* sums) {
-      __m512 y = _mm512_loadu_ps(raw);
-      if (w.offset)
-        y = _mm512_fnmadd_ps(w.grid(w.offset, at + half * 16), _mm512_set1_ps(a.sums[r * groups + g]), y);
-      _mm512_storeu_ps(sums, _mm512_fmadd_ps(y, w.grid(w.scale, at + half * 16), _mm512_loadu_ps(sums)));
-    });
-  };
-  std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = g * group_steps, end = std::min(begin + group_steps, w.steps());
+    for (int half = 0; half < 2; ++half) {
+      const __m512 scale = w.grid(w.scale, at + half * 16);
+      const __m512 zero = w.offset ? w.grid(w.offset, at + half * 16) : _mm512_setzero_ps();
+      for (int r = 0; r < count; ++r) {
+        const int64_t i = r * kPanel + half * 16;
+        __m512 y = _mm512_loadu_ps(raw + i);
+        if (w.offset) y = _mm512_fnmadd_ps(zero, _mm512_set1_ps(a.sums[(row + r) * groups + g]), y);
+        _mm512_storeu_ps(sums + i, _mm512_fmadd_ps(y, scale, _mm512_loadu_ps(sums + i)));
+      }
+    }
+  }
+};
+
+// Few rows: codes become values in registers.
+template <typename AnyProduct>
+inline void panel_code4_directly(AnyProduct& product, PanelRoom& room, const CodePanel& p, int rows) {
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t begin = p.first_step(g), end = p.first_step(g + 1);
+    product.multiply_codes(p.x + begin * kStepBytes, p.stride, p.step(begin), p.table, end - begin, rows, room.raw.data());
+    p.add(g, 0, rows, room.raw.data(), room.sums.data());
+  }
+}
+
+// Many rows: codes are unpacked once for all of them.
+inline void panel_code4_unpacked(PanelRoom& room, const CodePanel& p, int64_t rows) {
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t begin = p.first_step(g), end = p.first_step(g + 1);
     for (int64_t s = begin; s < end; s += PanelRoom::kSteps) {
       const int64_t steps = std::min(PanelRoom::kSteps, end - s);
       for (int64_t i = 0; i < steps; ++i) {
-        const uint8_t* step = codes + (s + i) * (kPanelStep / 4);
+        const uint8_t* step = p.step(s + i);
         for (int line = 0; line < kPanelStep / 4; line += 64) _mm_prefetch(step + kPanelStep * 2 + line, _MM_HINT_T0);
-        unpack_step(step, table, room.unpacked + i * kPanelStep);
+        unpack_step(step, p.table, room.unpacked + i * kPanelStep);
       }
       by_row_blocks(rows, [&](int64_t row, int count) {
-        room.product.multiply<false>(x + row * stride + s * kStepBytes, stride, room.unpacked, steps, count,
-                                     room.raw.data() + row * kPanel, s > begin);
-        if (s + steps == end) scale_sums(g, row, count);
+        float* raw = room.raw.data() + row * kPanel;
+        room.product.multiply<false>(p.x + row * p.stride + s * kStepBytes, p.stride, room.unpacked, steps, count, raw,
+                                     s > begin);
+        if (s + steps == end) p.add(g, row, count, raw, room.sums.data() + row * kPanel);
       });
     }
   }
+}
+
+inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
+  const CodePanel p{w, a, panel};
+  std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
+  const auto direct = [&]<typename AnyProduct>(AnyProduct& product) {
+    if constexpr (AnyProduct::kDirectRows > 0)
+      if (rows <= AnyProduct::kDirectRows) return panel_code4_directly(product, room, p, static_cast<int>(rows)), true;
+    return false;
+  };
+  if (!direct(room.product)) panel_code4_unpacked(room, p, rows);
 }
 
 // A panel's numbers go back between the zeros, some steps at a time, and are multiplied as bf16.
