@@ -7,6 +7,7 @@ or HTTP.
 from __future__ import annotations
 
 import shutil
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.errors import ArtifactError, RecipeError
 
-__all__ = ["compress_to"]
+__all__ = ["compress_to", "copy_companions"]
 
 Format = Literal["halftone", "gptq"]
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -44,8 +45,8 @@ def compress_to(
         raise ArtifactError(f"{out}: exists already; choose a new folder")
     if format not in ("halftone", "gptq"):
         raise RecipeError(f"format {format!r} is not one of halftone, gptq")
-    aside = out.with_name(f".partial-{out.name}")
     with Loader.opened(source, recipe, device=device, calibration=calibration, progress=progress) as loader:
+        aside = _aside(out, loader.fingerprint)
         if loader.stored:
             raise RecipeError(f"{source}: compressed already; start from the uncompressed model")
         if format == "gptq":
@@ -53,18 +54,27 @@ def compress_to(
             config = loader.source.config.to_dict()
             export = GptqExport(aside, loader.skeleton, loader.plan)
             report = loader.compress(export)
-            _copy_companions(loader.source.folder, aside)
+            copy_companions(loader.source.folder, aside)
             export.finish(config)
             aside.rename(out)
         else:
             draft = Draft(aside, loader.fingerprint)
             report = loader.compress(draft)
-            _copy_companions(loader.source.folder, aside)
+            copy_companions(loader.source.folder, aside)
             draft.finish(out, loader.manifest(report))
     return report
 
 
-def _copy_companions(source: Path, out: Path) -> None:
+def _aside(out: Path, fingerprint: str) -> Path:
+    """Where an attempt is made, and found again by one that would make the same; what another began is removed."""
+    aside = out.with_name(f".partial-{out.name}-{fingerprint[:8]}")
+    for other in out.parent.glob(f".partial-{escape(out.name)}-????????"):
+        if other != aside:
+            shutil.rmtree(other)
+    return aside
+
+
+def copy_companions(source: Path, out: Path) -> None:
     """Configuration, tokenizer, chat template: everything beside the weights."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):

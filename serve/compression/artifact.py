@@ -34,6 +34,7 @@ __all__ = ["MANIFEST", "Artifact", "Draft", "Store", "default_root"]
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _PARTIAL = ".partial-"
+_DECIDED = ".decided.json"
 
 
 def default_root() -> Path:
@@ -117,6 +118,18 @@ class Draft:
         self._parts[part] = entry
         return tensors
 
+    def remember(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep what was decided before any part was made, for whoever goes on from here."""
+        _write_synced(self._note(name), facts)
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """What an earlier attempt decided, or None."""
+        try:
+            facts = json.loads(self._note(name).read_text())
+        except (OSError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) else None
+
     def finish(self, target: Path, facts: Mapping[str, Any]) -> Artifact:
         """Write the manifest and move everything to its final place in one step."""
         manifest = {
@@ -125,11 +138,16 @@ class Draft:
         _write_synced(self.folder / MANIFEST, manifest)
         for part in self._parts.values():
             (self.folder / f"{part['file']}.json").unlink(missing_ok=True)
+        for note in self.folder.glob(f"*{_DECIDED}"):
+            note.unlink()
         if target.exists():
             shutil.rmtree(target)
         self.folder.rename(target)
         _sync_folder(target.parent)
         return Artifact(target, manifest)
+
+    def _note(self, name: str) -> Path:
+        return self.folder / f"{name}{_DECIDED}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from serve.compression import digests
 from serve.compression.account import account
 from serve.compression.activations import BlockActivations
-from serve.compression.artifact import Artifact, Store
+from serve.compression.artifact import Artifact, Draft, Store
 from serve.compression.calibration import Calibration, bundled
 from serve.compression.checkpoints import Checkpoint, Source, Weights
 from serve.compression.compress import Progress, Reader, Sink, compress, silent
@@ -129,8 +129,8 @@ class Loader:
         with self.timed("compress"):
             weights = self._weights()
             if isinstance(self.recipe.quantizer, Mixed):
-                self._use(self._mixed(weights))
-            activations = self._activations(self.skeleton) if _calibrates_layers(self.recipe) else None
+                self._use(self._mixed(weights, sink))
+            activations = self._activations(self.skeleton) if self.recipe.calibrates_layers else None
             compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
         return self._account(calibration_tokens=self._calibration_tokens, unused_keys=weights.unused_keys)
 
@@ -189,26 +189,41 @@ class Loader:
     def _build(self, recipe: Recipe) -> Skeleton:
         """The empty model, of the size that the recipe cuts it to."""
         config = self.source.config
-        return build(cut_config(config, recipe.structure) if recipe.structure else config, DTYPES[recipe.dtype])
+        for stage in recipe.structures:
+            config = cut_config(config, stage)
+        return build(config, DTYPES[recipe.dtype])
 
     def _weights(self) -> Reader:
         """The checkpoint as the empty model names its tensors; cut first, where the recipe says so."""
-        checkpoint = Checkpoint.open(self.source)
-        if self.recipe.structure is None:
+        checkpoint, config = Checkpoint.open(self.source), self.source.config
+        if not self.recipe.structures:
             return Weights(checkpoint, self.skeleton.model)
-        whole = build(self.source.config, DTYPES[self.recipe.dtype])
-        weights = Weights(checkpoint, whole.model)
-        return cut(whole, weights, self.recipe.structure, self._activations(whole), self.progress)
+        whole = build(config, DTYPES[self.recipe.dtype])
+        weights: Reader = Weights(checkpoint, whole.model)
+        for stage in self.recipe.structures:
+            smaller = cut_config(config, stage)
+            weights = cut(whole, weights, smaller, self._activations(whole), self.progress)
+            config, whole = smaller, build(smaller, DTYPES[self.recipe.dtype])
+        return weights
 
     def _use(self, recipe: Recipe) -> None:
         if recipe != self.recipe:
             self.recipe, self.plan = recipe, Plan(recipe, self.plan.device)
 
-    def _mixed(self, weights: Reader) -> Recipe:
-        """The recipe with a precision for every projection. Needs the whole model, dense, for a while."""
+    def _mixed(self, weights: Reader, sink: Sink | None) -> Recipe:
+        """The recipe with a precision for every projection. Needs the whole model, dense, for a while.
+
+        An attempt that goes on from finished layers keeps the choices those were made by.
+        """
+        draft = sink if isinstance(sink, Draft) else None
+        if draft is not None and (decided := draft.recall("recipe")) is not None:
+            return Recipe.from_dict(decided)
         dense, plain = self._build(self.recipe), Recipe(stages=(Dense(self.recipe.dtype),))  # type: ignore[arg-type]
         compress(dense, weights, Plan(plain, self.plan.device))
-        return mix(self.recipe, dense, self._samples(), self.plan.device, progress=self.progress)
+        mixed = mix(self.recipe, dense, self._samples(), self.plan.device, progress=self.progress)
+        if draft is not None:
+            draft.remember("recipe", mixed.to_dict())
+        return mixed
 
     def _samples(self) -> list[list[int]]:
         assert self.calibration is not None
@@ -273,11 +288,6 @@ def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
         if isinstance(length := getattr(text, name, None), int):
             return length
     return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1 << 24 else 2048
-
-
-def _calibrates_layers(recipe: Recipe) -> bool:
-    """Whether text is needed once more after a cut."""
-    return any(stage.needs_calibration for stage in recipe.work if stage.kind != "structure")
 
 
 def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:

@@ -63,8 +63,10 @@ class Plan:
 
     def _override(self, pattern: str, target: str) -> Treatment:
         recipe = Recipe.parse(target)
-        if recipe.structure is not None:
-            raise RecipeError(f"recipe: overrides.{pattern}: {recipe.structure.name} cuts the whole model or nothing")
+        if recipe.structures:
+            raise RecipeError(
+                f"recipe: overrides.{pattern}: {recipe.structures[0].name} cuts the whole model or nothing"
+            )
         treatment = self._treat(recipe)
         return Treatment(self._default.pruners + treatment.pruners, treatment.quantizer)
 

@@ -87,9 +87,9 @@ class Recipe:
         return next((s for s in self.stages if s.kind == "quantize"), None)
 
     @property
-    def structure(self) -> Structure | None:
-        """The stage that cuts the model smaller before all others."""
-        return next((s for s in self.stages if isinstance(s, Structure)), None)
+    def structures(self) -> tuple[Structure, ...]:
+        """The stages that cut the model smaller before all others, in order."""
+        return tuple(s for s in self.stages if isinstance(s, Structure))
 
     @property
     def work(self) -> tuple[Stage, ...]:
@@ -98,7 +98,14 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(stage.needs_calibration for stage in self.stages)
+        """Whether any stage looks at text, those of overrides included."""
+        return bool(self.structures) or self.calibrates_layers
+
+    @property
+    def calibrates_layers(self) -> bool:
+        """Whether text is needed once the model has its size."""
+        inner = [stage for _, target in self.overrides for stage in _parse_text(target).stages]
+        return any(stage.needs_calibration for stage in (*self.stages, *inner) if not isinstance(stage, Structure))
 
     @property
     def precision(self) -> str:

@@ -53,16 +53,20 @@ def cut_config(config: PretrainedConfig, stage: Structure) -> PretrainedConfig:
 
 @torch.no_grad()
 def cut(
-    skeleton: Skeleton, weights: Reader, stage: Structure, activations: BlockActivations, progress: Progress
+    skeleton: Skeleton, weights: Reader, smaller: PretrainedConfig, activations: BlockActivations, progress: Progress
 ) -> CutWeights:
-    """Choose what stays of the empty `skeleton`, whose blocks are filled and emptied again one after another."""
+    """Choose what stays of the empty `skeleton` at the size that `smaller` has, which differs in depth or in width.
+
+    Its blocks are filled and emptied again one after another.
+    """
     inside = tuple(f"{block}." for block in skeleton.blocks)
     outside = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(inside)]
     _fill(skeleton, weights, outside, activations.device)
     move_buffers(skeleton.model, activations.device)
-    if isinstance(stage, Depth):
-        return _choose_layers(skeleton, weights, stage, activations, progress)
-    return _choose_width(skeleton, weights, stage, activations, progress)
+    count = smaller.get_text_config(decoder=True).num_hidden_layers
+    if count < len(skeleton.blocks):
+        return _choose_layers(skeleton, weights, count, activations, progress)
+    return _choose_width(skeleton, weights, smaller, activations, progress)
 
 
 class CutWeights:
@@ -144,7 +148,7 @@ def _set_heads(text: Any, shared: int) -> None:
 
 
 def _choose_layers(
-    skeleton: Skeleton, weights: Reader, stage: Depth, activations: BlockActivations, progress: Progress
+    skeleton: Skeleton, weights: Reader, count: int, activations: BlockActivations, progress: Progress
 ) -> CutWeights:
     influence: dict[str, float] = {}
     for done, block in enumerate(skeleton.blocks):
@@ -153,16 +157,19 @@ def _choose_layers(
             influence[block] = activations.influence(block)
         if not isfinite(influence[block]):
             raise CompressionError(f"{block}: its outputs contain NaN or infinity; calibrate in float32")
-    count = len(influence) - round(len(influence) * stage.share)
     best = sorted(influence, key=lambda block: -influence[block])[:count]
     kept = [block for block in influence if block in best]
     return CutWeights(weights, dict(zip(list(influence)[:count], kept, strict=True)))
 
 
 def _choose_width(
-    skeleton: Skeleton, weights: Reader, stage: Structure, activations: BlockActivations, progress: Progress
+    skeleton: Skeleton,
+    weights: Reader,
+    smaller: PretrainedConfig,
+    activations: BlockActivations,
+    progress: Progress,
 ) -> CutWeights:
-    sizes = _Sizes.of(skeleton.model.config), _Sizes.of(cut_config(skeleton.model.config, stage))
+    sizes = _Sizes.of(skeleton.model.config), _Sizes.of(smaller)
     result = CutWeights(weights)
     for done, block in enumerate(skeleton.blocks):
         progress("cut", done, len(skeleton.blocks))

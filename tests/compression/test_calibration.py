@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from serve.compression.calibration import Calibration, bundled
+from serve.compression.recipe import Recipe
 from serve.errors import CalibrationError
+from serve.loading import load
 
 
 @pytest.fixture
@@ -82,3 +84,13 @@ def test_missing_binary_and_senseless_requests_are_refused(tmp_path: Path) -> No
 
 def test_the_bundled_stories_are_enough_for_the_default() -> None:
     assert len(bundled().texts()) == 128
+
+
+def test_an_override_that_looks_at_text_is_calibrated_and_fingerprinted(shared: Path) -> None:
+    recipe = Recipe.parse({"stages": ["int8"], "overrides": {"*.0.*": "gptq4-g64"}})
+    assert recipe.needs_calibration
+    assert not Recipe.parse({"stages": ["int8"], "overrides": {"*.0.*": "nf4"}}).needs_calibration
+    tiny, calib = str(shared / "models" / "TinyStories-656K"), shared / "data" / "tinystories" / "calib.jsonl"
+    few, other = (load(tiny, recipe, device="cpu", calibration=Calibration(calib, count)) for count in (2, 3))
+    assert few.report.calibration_tokens > 0
+    assert few.fingerprint != other.fingerprint

@@ -70,6 +70,12 @@ def test_the_idle_layer_goes_and_nothing_changes(folder: Path, shared: Path) -> 
     torch.testing.assert_close(_logits(cut), _logits(_load(folder, "fp32", shared)), atol=1e-5, rtol=1e-5)
 
 
+def test_both_cuts_in_one_recipe_are_both_made(folder: Path, shared: Path) -> None:
+    cut = _load(folder, "fp32+depth33+structured50", shared)
+    assert (cut.model.config.num_hidden_layers, cut.model.config.intermediate_size) == (2, 48)
+    torch.testing.assert_close(_logits(cut), _logits(_load(folder, "fp32", shared)), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", ["structured50+gptq4-g16", "depth33+int8", "structured25+wanda50"])
 def test_later_stages_work_on_what_is_left_and_artifacts_hold_it(
     recipe: str, folder: Path, shared: Path, tmp_path: Path
