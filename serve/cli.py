@@ -15,6 +15,7 @@ from rich.console import Console
 from serve.commands import artifacts, rollout
 from serve.commands.bench import bench
 from serve.commands.compress import compress
+from serve.commands.distill import distill
 from serve.commands.evaluate import evaluate
 from serve.errors import SetupError
 
@@ -66,6 +67,7 @@ def serve(
 app.command()(compress)
 app.command()(evaluate)
 app.command()(bench)
+app.command()(distill)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(rollout.app, name="rollout")
 

@@ -20,7 +20,7 @@ from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.errors import ArtifactError, RecipeError
 
-__all__ = ["compress_to", "copy_companions"]
+__all__ = ["attempt_folder", "compress_to", "copy_companions"]
 
 Format = Literal["halftone", "gptq"]
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -36,17 +36,21 @@ def compress_to(
     calibration: Calibration | None = None,
     device: str = "auto",
     progress: Progress = silent,
+    pruned: bool = False,
 ) -> LoadReport:
     """Compress `source` into the new folder `out`, whole or not at all; raise a `SetupError` of one line otherwise.
 
     "halftone" keeps every format exactly; "gptq" is what other programs read, for rtn, gptq and awq recipes.
+    `pruned`: what the recipe would prune is zero in `source` already, and stays so; nothing is chosen anew.
     """
     if out.exists():
         raise ArtifactError(f"{out}: exists already; choose a new folder")
     if format not in ("halftone", "gptq"):
         raise RecipeError(f"format {format!r} is not one of halftone, gptq")
-    with Loader.opened(source, recipe, device=device, calibration=calibration, progress=progress) as loader:
-        aside = _aside(out, loader.fingerprint)
+    with Loader.opened(
+        source, recipe, device=device, calibration=calibration, progress=progress, pruned=pruned
+    ) as loader:
+        aside = attempt_folder(out, loader.fingerprint)
         if loader.stored:
             raise RecipeError(f"{source}: compressed already; start from the uncompressed model")
         if format == "gptq":
@@ -65,10 +69,10 @@ def compress_to(
     return report
 
 
-def _aside(out: Path, fingerprint: str) -> Path:
+def attempt_folder(out: Path, fingerprint: str, kind: str = "partial") -> Path:
     """Where an attempt is made, and found again by one that would make the same; what another began is removed."""
-    aside = out.with_name(f".partial-{out.name}-{fingerprint[:8]}")
-    for other in out.parent.glob(f".partial-{escape(out.name)}-????????"):
+    aside = out.with_name(f".{kind}-{out.name}-{fingerprint[:8]}")
+    for other in out.parent.glob(f".{kind}-{escape(out.name)}-????????"):
         if other != aside:
             shutil.rmtree(other)
     return aside

@@ -27,6 +27,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each; the median is shown.")] = 5,
     calibration: options.CalibrationFile = None,
     num_samples: options.NumSamples = 128,
+    sample_tokens: options.SampleTokens = None,
+    calibration_seed: options.CalibrationSeed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     fresh: options.Fresh = False,
@@ -45,7 +47,7 @@ def bench(
     from serve.commands.terminal import Steps, standard_error
 
     parsed = options.recipes(recipe)
-    text = options.calibration(calibration, num_samples)
+    text = options.calibration(calibration, num_samples, sample_tokens, calibration_seed)
     settings = BenchSettings(prompt_tokens, decode_tokens, tuple(batch_size or (1, 8, 16)), repeats, threads)
     step, attempts = Steps(len(parsed), standard_error()), Attempts()
     rows: list[Bench] = []

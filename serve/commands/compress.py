@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from serve.commands import options
+from serve.commands import gradually, learning, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,17 +28,31 @@ def compress(
     ] = None,
     calibration: options.CalibrationFile = None,
     num_samples: options.NumSamples = 128,
+    sample_tokens: options.SampleTokens = None,
+    calibration_seed: options.CalibrationSeed = None,
     form: Annotated[
         Literal["halftone", "gptq"],
         typer.Option("--format", help="With --out: ours, which keeps everything, or gptq, which others read."),
     ] = "halftone",
     device: options.Device = "auto",
     fresh: options.Fresh = False,
+    gradual: gradually.Gradual = False,
+    gradual_steps: gradually.GradualSteps = 3,
+    recovery_steps: gradually.RecoverySteps = 100,
+    data: learning.Data = None,
+    sampled: learning.Sampled = None,
+    text: learning.MeasuredText = None,
+    held_out: learning.HeldOut = 32,
+    learning_rate: learning.LearningRate = None,
+    seed: learning.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Compress a model and say what came of it. Interrupted, it goes on from the finished layers next time.
 
-    JSON: the load report, and "out" or "fingerprint".
+    With --gradual the recipe's pruning is done in steps, and after each the original teaches what is left.
+
+    JSON: the load report, and "out" or "fingerprint". With --gradual {"out", "recipe", "steps": [{"removed",
+    "parameters", "before", "after"}], "result", "report", "settings"}, distances as of `distill`.
     """
     from serve.commands.terminal import Steps, print_json, standard_error, standard_output
     from serve.compression.recipe import Recipe
@@ -46,14 +60,21 @@ def compress(
 
     if out is None and form != "halftone":
         raise SetupError("--format gptq writes a folder for others to read: say which with --out")
-    parsed, text = Recipe.parse(recipe), options.calibration(calibration, num_samples)
-    remarks = standard_error()
+    parsed, remarks = Recipe.parse(recipe), standard_error()
+    samples = options.calibration(calibration, num_samples, sample_tokens, calibration_seed)
+    if gradual:
+        if out is None or form != "halftone":
+            raise SetupError("--gradual makes a new model: say where with --out, and leave --format alone")
+        settings = learning.settings(steps=recovery_steps, learning_rate=learning_rate, seed=seed)
+        learnt = learning.learnt_text(data, sampled, held_out, text)
+        gradually.run(source, parsed, out, learnt, gradual_steps, settings, samples, device, as_json=as_json)
+        return
     try:
         with Steps(1, remarks)(parsed.name) as progress:
             if out is None:
-                report, name = _into_store(source, parsed, text, device, fresh, progress)
+                report, name = _into_store(source, parsed, samples, device, fresh, progress)
             else:
-                report, name = _into_folder(source, parsed, out, form, text, device, progress), str(out)
+                report, name = _into_folder(source, parsed, out, form, samples, device, progress), str(out)
     except KeyboardInterrupt:
         remarks.print("Interrupted: finished layers are kept, and the same command goes on from there")
         raise typer.Exit(130) from None

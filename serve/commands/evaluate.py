@@ -29,6 +29,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first records of the text only.")] = None,
     calibration: options.CalibrationFile = None,
     num_samples: options.NumSamples = 128,
+    sample_tokens: options.SampleTokens = None,
+    calibration_seed: options.CalibrationSeed = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw quality against bytes and speed (.png, .svg, .pdf). Needs matplotlib.")
     ] = None,
@@ -72,7 +74,7 @@ def evaluate(
         limit=limit,
         reference_source=reference_source,
         device=device,
-        calibration=options.calibration(calibration, num_samples),
+        calibration=options.calibration(calibration, num_samples, sample_tokens, calibration_seed),
         fresh=fresh,
         threads=threads,
     )

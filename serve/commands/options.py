@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "CalibrationFile",
+    "CalibrationSeed",
     "Device",
     "Fresh",
     "NumSamples",
     "Recipes",
+    "SampleTokens",
     "Source",
     "Threads",
     "calibration",
@@ -32,6 +34,12 @@ CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="Text or JSONL to calibrate on. Default: the bundled stories.")
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="Records of the calibration text to take.")]
+SampleTokens = Annotated[
+    int | None, typer.Option(min=1, help="Cut each record at so many tokens. Default: the model's context.")
+]
+CalibrationSeed = Annotated[
+    int | None, typer.Option(help="Draw the records by this seed. Default: take the first ones.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Torch threads. Default: torch's own choice.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compress anew, leaving the artifact store alone.")]
@@ -45,8 +53,11 @@ def recipes(names: list[str]) -> list[Recipe]:
     return list({recipe.name: recipe for recipe in map(Recipe.parse, names)}.values())
 
 
-def calibration(file: Path | None, num_samples: int) -> Calibration | None:
+def calibration(
+    file: Path | None, num_samples: int, max_tokens: int | None = None, seed: int | None = None
+) -> Calibration | None:
     """None leaves the choice to the loader."""
     from serve.compression.calibration import Calibration, bundled
 
-    return Calibration(file or bundled().file, num_samples) if file or num_samples != bundled().num_samples else None
+    chosen = Calibration(file or bundled().file, num_samples, max_tokens, seed)
+    return None if chosen == bundled() else chosen

@@ -57,6 +57,7 @@ class Loader:
         calibration: Calibration | None,
         progress: Progress,
         peak: PeakMemory,
+        pruned: bool = False,
     ) -> None:
         self.progress, self.peak = progress, peak
         self.seconds: dict[str, float] = {}
@@ -65,8 +66,8 @@ class Loader:
             self.foreign: ForeignParts | None = None
             self.recipe = self._as_stored(recipe)
             self.calibration = (calibration or bundled()) if self.recipe.needs_calibration and not self.stored else None
-            self.plan = Plan(self.recipe, device)
-            self.facts = _facts(self.source, self.recipe, self.calibration)
+            self.plan = Plan(self.recipe, device, pruned=pruned)
+            self.facts = _facts(self.source, self.recipe, self.calibration) | ({"pruned": True} if pruned else {})
             made_by_us = self.source.artifact
             self.fingerprint = made_by_us.fingerprint if made_by_us else _fingerprint(self.facts)
             self.tokenizer = _tokenizer(self.source)
@@ -83,10 +84,14 @@ class Loader:
         device: str = "auto",
         calibration: Calibration | None = None,
         progress: Progress = silent,
+        pruned: bool = False,
     ) -> Iterator[Loader]:
-        """A loader whose memory is watched, and returned to the system, until the block ends."""
+        """A loader whose memory is watched, and returned to the system, until the block ends.
+
+        `pruned`: the source's zeros are the recipe's pruning, which is not chosen anew.
+        """
         with prompt_release(), watch_peak() as peak:
-            yield cls(source, recipe, find_device(device), calibration, progress, peak)
+            yield cls(source, recipe, find_device(device), calibration, progress, peak, pruned)
             release()
 
     @property
@@ -208,7 +213,7 @@ class Loader:
 
     def _use(self, recipe: Recipe) -> None:
         if recipe != self.recipe:
-            self.recipe, self.plan = recipe, Plan(recipe, self.plan.device)
+            self.recipe, self.plan = recipe, Plan(recipe, self.plan.device, pruned=self.plan.pruned)
 
     def _mixed(self, weights: Reader, sink: Sink | None) -> Recipe:
         """The recipe with a precision for every projection. Needs the whole model, dense, for a while.

@@ -13,6 +13,7 @@ import torch
 from serve.compression import methods
 from serve.compression.hardware import check_dtype
 from serve.compression.method import Need, Pruner, Quantizer
+from serve.compression.methods.pruners import ZerosStay
 from serve.compression.methods.storage import SparseStorage
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import DTYPES
@@ -44,10 +45,11 @@ class Treatment:
 
 
 class Plan:
-    """The recipe as methods, checked against a device."""
+    """The recipe as methods, checked against a device. `pruned`: the zeros that are there stand for its pruners."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, pruned: bool = False) -> None:
         check_dtype(DTYPES[recipe.dtype], device)
+        self.pruned = pruned
         self.recipe, self.device = recipe, device
         self._default = self._treat(recipe)
         self._overrides = [(pattern, self._override(pattern, target)) for pattern, target in recipe.overrides]
@@ -73,7 +75,8 @@ class Plan:
     def _treat(self, recipe: Recipe) -> Treatment:
         if isinstance(recipe.quantizer, Mixed):  # its choices are overrides; this is for what was never measured
             recipe = replace(recipe, stages=tuple(Gptq() if isinstance(s, Mixed) else s for s in recipe.stages))
-        pruners = tuple(methods.pruner(stage) for stage in recipe.work if stage.kind == "prune")
+        stages = [stage for stage in recipe.work if stage.kind == "prune"]
+        pruners: tuple[Pruner, ...] = tuple(ZerosStay() if self.pruned else methods.pruner(stage) for stage in stages)
         if recipe.quantizer is None:
             return Treatment(pruners, SparseStorage() if pruners else None)
         return Treatment(pruners, self._check(methods.quantizer(recipe.quantizer)))

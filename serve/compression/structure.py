@@ -34,7 +34,7 @@ from serve.compression.skeleton import Skeleton, set_tensor
 from serve.compression.stages import Depth, Structure, Structured
 from serve.errors import CompressionError, RecipeError, UnsupportedArchitecture
 
-__all__ = ["CutWeights", "cut", "cut_config"]
+__all__ = ["CutWeights", "between", "choose_layers", "cut", "cut_config", "way"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CHANNEL_MULTIPLE = 32  # what kernels like a dimension to be divisible by
@@ -49,6 +49,41 @@ def cut_config(config: PretrainedConfig, stage: Structure) -> PretrainedConfig:
     elif isinstance(stage, Structured):
         _cut_width(text, stage)
     return smaller
+
+
+def choose_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model that has these layers only."""
+    smaller = deepcopy(config)
+    text: Any = smaller.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        text.layer_types = [kinds[layer] for layer in layers]
+    text.num_hidden_layers = len(layers)
+    return smaller
+
+
+def between(config: PretrainedConfig, goal: PretrainedConfig, fraction: float) -> PretrainedConfig:
+    """A size on the way from `config` to the smaller `goal`, which `fraction` 1 is; equal steps take equal shares."""
+    begin, end = _sizes(config), _sizes(goal)
+    at = {name: round(begin[name] * (end[name] / begin[name]) ** fraction) for name in begin}
+    smaller = choose_layers(config, range(at["layers"]))
+    text: Any = smaller.get_text_config(decoder=True)
+    if begin.get("shared") != end.get("shared"):
+        _set_heads(text, next(n for n in range(at["shared"], begin["shared"] + 1) if _can_have(text, n)))
+    if begin.get("channels") != end.get("channels"):
+        multiple = _CHANNEL_MULTIPLE if end["channels"] % _CHANNEL_MULTIPLE == 0 else 1
+        text.intermediate_size = min(-(-at["channels"] // multiple) * multiple, begin["channels"])
+    return smaller
+
+
+def way(config: PretrainedConfig, goal: PretrainedConfig) -> list[PretrainedConfig]:
+    """The cuts that lead from one size to the other, each in depth or in width; none where they are the same."""
+    cuts, begin, end = [], _sizes(config), _sizes(goal)
+    if begin["layers"] != end["layers"]:
+        cuts.append(choose_layers(config, range(end["layers"])))
+    if {**begin, "layers": 0} != {**end, "layers": 0}:
+        cuts.append(goal)
+    return cuts
 
 
 @torch.no_grad()
@@ -94,6 +129,18 @@ class CutWeights:
             return cast(Tensor, self._changed[name].get_tensor(name))
         block = next((block for block in self._renamed if name.startswith(f"{block}.")), None)
         return self._weights.read(name if block is None else self._renamed[block] + name.removeprefix(block))
+
+
+def _sizes(config: PretrainedConfig) -> dict[str, int]:
+    """The sizes that a cut changes, as far as the configuration names them."""
+    text: Any = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    found = {
+        "layers": text.num_hidden_layers,
+        "shared": getattr(text, "num_key_value_heads", None) or heads,
+        "channels": getattr(text, "intermediate_size", None),
+    }
+    return {name: size for name, size in found.items() if isinstance(size, int)}
 
 
 def _cut_layers(text: Any, stage: Depth) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve.compression.artifact import Draft
 from serve.compression.calibration import Calibration
 from serve.compression.loader import Loader
 from serve.compression.recipe import Recipe
@@ -113,6 +115,19 @@ def test_a_mixed_model_keeps_its_budget_and_its_choices_in_the_artifact(
     assert again.report.artifact_hit
     assert again.recipe == made.recipe
     assert torch.equal(logits(again), logits(made))
+
+
+def test_an_attempt_that_goes_on_keeps_the_choices_it_began_with(
+    tiny: str, calibration: Calibration, tmp_path: Path
+) -> None:
+    begun = replace(Recipe.parse("mixed4.5"), overrides=(("*.q_proj", "rtn4"), ("*", "bf16")))
+    with Loader.opened(tiny, Recipe.parse("mixed4.5"), calibration=calibration) as loader:
+        draft = Draft(tmp_path / "attempt", loader.fingerprint)
+        draft.remember("recipe", begun.to_dict())
+        loader.compress(draft)
+        assert loader.recipe == begun
+        artifact = draft.finish(tmp_path / "done", {})
+    assert {path.name for path in artifact.folder.glob("*.json")} == {"manifest.json"}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from serve.compression.methods.wanda import wanda_mask
 from serve.compression.stages import Magnitude, SparseGpt, Wanda
 from serve.errors import CompressionError
 
-__all__ = ["MagnitudePruner", "SparseGptPruner", "WandaPruner"]
+__all__ = ["MagnitudePruner", "SparseGptPruner", "WandaPruner", "ZerosStay"]
 
 
 class MagnitudePruner:
@@ -59,6 +59,16 @@ class SparseGptPruner:
             gram = gram_of(statistics, projection.name)
             pruned = sparsegpt(projection.weight, gram, self.stage.sparsity, self.stage.pattern, name=projection.name)
             _apply(projection, *pruned)
+
+
+class ZerosStay:
+    """Removes nothing: what an earlier run pruned is to stay zero."""
+
+    needs = Need.NOTHING
+
+    def prune(self, group: Group, statistics: InputStatistics | None) -> None:
+        for projection in group.projections:
+            _apply(projection, projection.weight, projection.weight != 0)
 
 
 def _apply(projection: Projection, weight: Tensor, mask: Tensor) -> None:
