@@ -24,14 +24,19 @@ __all__ = ["Controller"]
 
 _SILENT_S = 15.0
 """A process that has said nothing for so long is taken for dead."""
+_COLD_S = 5.0
+"""So long after it has loaded, a replica's latency says little."""
+_YOUNG_S = 5.0
+"""Several times longer than a process takes to report to a new controller."""
 
 
 @dataclass(frozen=True)
 class _Heard:
-    """The last word of a replica and when it came."""
+    """The last word of a replica, when it came, and since when it is known to be ready."""
 
     beat: ReplicaBeat
     at_s: float
+    ready_since_s: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Controller:
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
+        self._since_s = clock()
         self._split = config.split
         self._replicas: dict[str, _Heard] = {}
         self._ingresses: dict[str, _Seen] = {}
@@ -64,7 +70,7 @@ class Controller:
         if beat.leaving:
             self._forget(beat.process)
             return False
-        self._replicas[beat.process] = _Heard(beat, self._clock())
+        self._replicas[beat.process] = _Heard(beat, self._clock(), self._ready_since(beat))
         self._sweep()
         return beat.state == "ready" and beat.variant not in self._reports
 
@@ -83,7 +89,8 @@ class Controller:
 
     def view(self) -> View:
         self._sweep()
-        return View(self._split, tuple(self._state(v.name, v.precision) for v in self._config.variants))
+        states = tuple(self._state(v.name, v.precision) for v in self._config.variants)
+        return View(self._split, states, is_young=self._is_young)
 
     def set_traffic(self, weights: Mapping[str, float]) -> View:
         """Deal traffic anew: one revision more, and nothing restarts. Raises ConfigError by the key's path."""
@@ -136,7 +143,7 @@ class Controller:
         beats = [heard.beat for heard in self._replicas.values() if heard.beat.variant == name]
         ready = [beat for beat in beats if beat.state == "ready"]
         told = (ready or [beat for beat in beats if beat.state == "loading"] or beats)[-1:]
-        state = VariantState(name, precision, ready_replicas=len(ready))
+        state = VariantState(name, precision, ready_replicas=len(ready), is_cold=self._is_cold(name))
         for beat in told:
             state = replace(
                 state,
@@ -148,6 +155,22 @@ class Controller:
                 fingerprint=beat.fingerprint,
             )
         return state
+
+    def _ready_since(self, beat: ReplicaBeat) -> float:
+        before = self._replicas.get(beat.process)
+        if before and before.beat.state == "ready":
+            return before.ready_since_s
+        # One that is ready when a new controller first hears of it may have been so for long.
+        return self._clock() if before or not self._is_young else float("-inf")
+
+    def _is_cold(self, name: str) -> bool:
+        warm_s = self._clock() - _COLD_S
+        ready = [h for h in self._replicas.values() if h.beat.variant == name and h.beat.state == "ready"]
+        return any(heard.ready_since_s > warm_s for heard in ready)
+
+    @property
+    def _is_young(self) -> bool:
+        return self._clock() - self._since_s < _YOUNG_S
 
     def _memory(self, name: str) -> dict[str, int]:
         total: dict[str, int] = {}

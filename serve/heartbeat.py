@@ -65,6 +65,13 @@ class VariantState:
     context_length: int | None = None
     fingerprint: str | None = None
     ready_replicas: int = 0
+    is_cold: bool = False
+    """One of its replicas has just started: what it serves now is no evidence."""
+
+    @property
+    def is_heard(self) -> bool:
+        """Some replica has spoken for it."""
+        return self.state != "loading" or bool(self.stage)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ class View:
     variants: tuple[VariantState, ...]
     counted: bool = True
     """The batch of the beat that this answers is in safe hands; otherwise its records are sent again."""
+    is_young: bool = False
+    """The controller has just started: it may not have heard of everybody yet."""
 
     @property
     def settled(self) -> bool:

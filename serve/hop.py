@@ -150,6 +150,15 @@ class Mailbox:
         """Tokens of it have come: it can no longer begin again unseen."""
         return request_id in self._begun
 
+    def is_unanswered(self, request_id: str) -> bool:
+        """Nothing of it has come, and it has not ended."""
+        return request_id in self._unfinished and request_id not in self._opened | self._begun
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing of any request has come: the reader does not know yet who answers."""
+        return not (self._opened or self._begun)
+
     def put(self, event: Event) -> None:
         if event.request_id not in self._unfinished or self._is_repeated(event):
             return

@@ -7,6 +7,7 @@ router was asked. The journal keeps, bounded, what the controller has not yet ac
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
@@ -19,6 +20,7 @@ from serve.heartbeat import VariantState
 from serve.hop import ReplicaDied
 from serve.metrics import Recorder, Snapshot, VariantLabels
 from serve.rollout import Assignment, Batch, Outcome, Split, unit_hash
+from serve.rollout.looping import WINDOW_TOKENS, is_looping
 
 __all__ = ["Journal", "Trace", "code_of"]
 
@@ -63,6 +65,7 @@ class Journal:
             assigned_at_s=time.time(),
             unit=unit_hash(split.salt, call.sticky_key) if call.sticky_key is not None else None,
             held_out=bool(assignment and assignment.held_out),
+            warm_up=state.is_cold,
         )
         self.keep(outcome)
         return Trace(self, self._recorder, self._labels(state), call, outcome)
@@ -128,12 +131,20 @@ class Trace:
         self._note(client_fault=True, finish_reason="abort")
         self._finish()
 
+    def died(self) -> None:
+        """The variant's only replica died before anything came; another variant answers."""
+        self._recorder.add(metrics.ERRORS, self._labels, len(self._choices_left), ReplicaDied.code)
+        self._choices_left.clear()
+        self._note(error=kind_of(ReplicaDied("")))
+        self._finish()
+
     def _on_delta(self, delta: Delta, at_s: float) -> None:
         tokens = len(delta.token_ids)
         choice = self._choices.setdefault((delta.request_id, delta.choice_index), _Choice())
         if tokens and delta.request_id not in self._first_s:
             self._first_s[delta.request_id] = at_s
             self._recorder.observe(metrics.TTFT, self._labels, at_s)
+        choice.last_tokens.extend(delta.token_ids)
         if gap_s := choice.receive(tokens, at_s):
             self._recorder.observe(metrics.ITL, self._labels, gap_s, tokens)
         self._recorder.add(metrics.GENERATION_TOKENS, self._labels, tokens)
@@ -181,6 +192,7 @@ class Trace:
             itl_max_s=max((choice.gap_max_s for choice in choices), default=0.0) if gaps else None,
             tpot_s=sum(tpots_s) / len(tpots_s) if tpots_s else None,
             e2e_s=time.perf_counter() - self._received_s,
+            looping=any(is_looping(choice.last_tokens) for choice in choices),
         )
         self._journal.keep(self._outcome)
 
@@ -193,6 +205,7 @@ class _Choice:
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.last_tokens: deque[int] = deque(maxlen=WINDOW_TOKENS)
         self.first_s = 0.0
         self.tpot_s: float | None = None
         self.gaps = 0

@@ -40,8 +40,13 @@ class RemoteVariant:
 
     async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
         with _mapped(f"variant {self._name!r}"):
-            async for parcel in self._stream.generate.remote(request, channel):
-                yield parcel
+            stream = self._stream.generate.remote(request, channel)
+            try:
+                async for parcel in stream:
+                    yield parcel
+            except asyncio.CancelledError:
+                stream.cancel()  # it may still wait for a replica to be sent to
+                raise
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         with _mapped(f"variant {self._name!r}"):

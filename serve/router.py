@@ -17,6 +17,9 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -33,6 +36,7 @@ from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Token
 from serve.heartbeat import IngressBeat, VariantState, View
 from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
 from serve.journal import Journal, Trace, code_of
+from serve.presence import Presence
 from serve.rollout import Assignment, Split, assign
 
 __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
@@ -40,8 +44,12 @@ __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
 _LOG = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.2
+_LEAST_BEAT_S = 0.05
 _LATE_S = 5.0
 """How long the last events of a request may lag behind the end of its stream, carried by another."""
+_SUCCESSOR_S = 10.0
+"""How long a request whose only replica died waits for the next one; a variant that crashes again and again must not
+keep it."""
 _LOADING_RETRY_S = 5.0
 _FAILED_RETRY_S = 60.0
 
@@ -78,8 +86,7 @@ class Router:
         self._links = links
         self._control = control
         self._name = name or uuid4().hex[:12]
-        self._view: View | None = None
-        self._serving: Split | None = None
+        self._presence = Presence()
         self._inbox = Inbox(self._name)
         self._journal = Journal(model_name, self._name)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -107,7 +114,7 @@ class Router:
     @property
     def settled(self) -> bool:
         """It has heard of every variant that it loaded or failed."""
-        return self._view is not None and self._view.settled
+        return self._presence.view is not None and self._presence.view.settled
 
     @property
     def open_requests(self) -> int:
@@ -116,17 +123,18 @@ class Router:
     # What the rim asks
 
     def models(self) -> Sequence[ModelCard]:
-        states = self._view.variants if self._view else ()
-        stable = next((state for state in states if self._view and state.name == self._view.split.stable), None)
+        view = self._presence.view
+        states = view.variants if view else ()
+        stable = next((state for state in states if view and state.name == view.split.stable), None)
         whole = ModelCard(
             id=self._model_name,
-            state="ready" if self._serving else "failed" if self.settled else "loading",
+            state="ready" if self._presence.serving else "failed" if self.settled else "loading",
             context_length=stable.context_length if stable else None,
         )
         return [whole, *(self._card(state) for state in states)]
 
     def ready(self) -> bool:
-        return self.settled and self._serving is not None
+        return self.settled and self._presence.serving is not None
 
     async def start(self, call: Call) -> RoutedAnswer:
         try:
@@ -135,10 +143,10 @@ class Router:
             self._journal.refused(code_of(error))
             raise
         trace = self._journal.open(call, state, assignment, self._known().split)
-        answer = RoutedAnswer(self, self._links[state.name], call, _disclosure(state, assignment), trace)
+        answer = RoutedAnswer(self, call, self._links[state.name], _disclosure(state, assignment), trace)
         for request in call.requests:
             self._inbox.open(request.request_id, answer.mailbox)
-            self._spawn(self._drive(request, self._links[state.name], answer.mailbox))
+            self._spawn(self._drive(request, answer))
         return answer
 
     def refused(self, status: int) -> None:
@@ -200,17 +208,17 @@ class Router:
         return ", ".join([self._model_name, *(f"{self._model_name}@{name}" for name in self._links)])
 
     def _known(self) -> View:
-        if self._view is None:
+        if self._presence.view is None:
             raise VariantUnavailable("the server is starting; try again shortly", retry_after_s=_LOADING_RETRY_S)
-        return self._view
+        return self._presence.view
 
     def _dealt(self) -> Split:
         view = self._known()
-        if self._serving is None:
+        if self._presence.serving is None:
             told = "; ".join(_why(state) for state in view.variants if view.split.weights.get(state.name))
             wait_s = _FAILED_RETRY_S if view.settled else _LOADING_RETRY_S
             raise VariantUnavailable(f"no variant that gets traffic is ready: {told}", retry_after_s=wait_s)
-        return self._serving
+        return self._presence.serving
 
     def _require(self, variant: str) -> VariantState:
         state = next(state for state in self._known().variants if state.name == variant)
@@ -237,26 +245,50 @@ class Router:
 
     # How it is answered
 
-    async def _drive(self, request: GenerationRequest, link: Link, mailbox: Mailbox) -> None:
+    async def _drive(self, request: GenerationRequest, answer: RoutedAnswer) -> None:
         """See one request through to its end, whether anybody still reads or not."""
-        request_id = request.request_id
+        request_id, variant = request.request_id, answer.disclosure.variant
         try:
             try:
-                await self._stream(request, link)
-            except ReplicaDied:
-                if mailbox.has_begun(request_id) or request_id not in mailbox.unfinished:
-                    raise
-                self._inbox.reassign(request_id)
-                await self._stream(request, link)
-            await self._settle(request_id, mailbox)
+                await self._stream(request, variant, answer.mailbox)
+            except ReplicaDied as death:
+                variant = await self._second_try(request_id, variant, answer, death)
+                await self._stream(request, variant, answer.mailbox)
+            await self._settle(request_id, answer.mailbox)
         except HalftoneError as error:
             self._inbox.fail(request_id, error)
         finally:
             self._inbox.close(request_id)
 
-    async def _stream(self, request: GenerationRequest, link: Link) -> None:
-        async for parcel in link.generate(request, self._inbox.channel):
+    async def _stream(self, request: GenerationRequest, variant: str, mailbox: Mailbox) -> None:
+        parcels = self._links[variant].generate(request, self._inbox.channel)
+        unanswered = partial(mailbox.is_unanswered, request.request_id)
+        async for parcel in self._presence.guarded(variant, parcels, unanswered):
             self._inbox.accept(parcel)
+
+    async def _second_try(self, request_id: str, variant: str, answer: RoutedAnswer, death: ReplicaDied) -> str:
+        """Where a request goes whose replica died before its first token: to another one of its variant. Where none
+        is left the whole call goes where it would be dealt now, unless it is pinned or its reader knows already who
+        answers; then a successor has some seconds to come up."""
+        has_another = self._presence.has_another(variant)
+        self._presence.mourn(variant, death)
+        mailbox = answer.mailbox
+        if mailbox.has_begun(request_id) or request_id not in mailbox.unfinished:
+            raise death
+        if answer.disclosure.variant == variant and not has_another:
+            if (split := self._presence.serving) and mailbox.is_untouched and answer.disclosure.route != "pinned":
+                self._move(answer, split)
+            elif not await self._presence.returns(variant, _SUCCESSOR_S):
+                raise death
+        self._inbox.reassign(request_id)
+        return answer.disclosure.variant
+
+    def _move(self, answer: RoutedAnswer, split: Split) -> None:
+        """Deal a whole call anew, under a disclosure and a record of its own, which no comparison counts."""
+        assignment = replace(assign(split, answer.call.sticky_key, answer.call.requests[0].request_id), held_out=True)
+        state = self._require(assignment.variant)
+        trace = self._journal.open(answer.call, state, assignment, self._known().split)
+        answer.move(self._links[state.name], _disclosure(state, assignment), trace)
 
     async def _settle(self, request_id: str, mailbox: Mailbox) -> None:
         """The stream has ended; its last events may still be on their way in another."""
@@ -281,24 +313,26 @@ class Router:
     # The controller
 
     def _report(self) -> IngressBeat:
-        split = self._view.split if self._view else None
-        return IngressBeat(self._name, self._journal.batch(), self._journal.snapshot(), split)
+        split = self._presence.view.split if self._presence.view else None
+        deaths = dict(self._presence.deaths)
+        return IngressBeat(self._name, self._journal.batch(), self._journal.snapshot(), split, deaths)
 
     async def _beat_for_ever(self) -> None:
         while True:
+            self._presence.news.clear()
             try:
                 await self.beat()
             except HalftoneError as error:
                 _LOG.warning("the controller does not answer; the last split stays in force: %s", error.message)
-            await asyncio.sleep(_BEAT_S if self.settled else _LOADING_BEAT_S)
+            await asyncio.sleep(_LEAST_BEAT_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_BEAT_S if self.settled else _LOADING_BEAT_S):
+                    await self._presence.news.wait()
 
     def _see(self, view: View) -> None:
         """A split is only ever replaced by a newer one: answers may overtake one another."""
-        if self._view and view.split.revision < self._view.split.revision:
-            return
-        self._view = view
-        self._serving = view.serving()
-        self._journal.declare(view.variants)
+        if self._presence.see(view):
+            self._journal.declare(view.variants)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # An empty context: Ray Serve cancels the children of an HTTP request that it finds in the context.
@@ -310,12 +344,19 @@ class Router:
 class RoutedAnswer:
     """One call under way (`serve.api.backend.Answer`)."""
 
-    def __init__(self, router: Router, link: Link, call: Call, disclosure: Disclosure, trace: Trace) -> None:
+    def __init__(self, router: Router, call: Call, link: Link, disclosure: Disclosure, trace: Trace) -> None:
         self._router = router
         self._link = link
         self._trace = trace
+        self.call = call
         self.disclosure = disclosure
-        self.mailbox = Mailbox(call.requests, trace.observe)
+        """Final with the first event."""
+        self.mailbox = Mailbox(call.requests, lambda event: self._trace.observe(event))
+
+    def move(self, link: Link, disclosure: Disclosure, trace: Trace) -> None:
+        """Another variant answers; the first one has failed, and its record says so."""
+        self._trace.died()
+        self._link, self.disclosure, self._trace = link, disclosure, trace
 
     async def events(self) -> AsyncGenerator[Event, None]:
         while (event := await self.mailbox.take()) is not None:

@@ -99,6 +99,22 @@ def test_a_new_replica_takes_the_place_of_the_dead_one_at_once(controller: Contr
     assert states(controller)["int8"] == "loading"
 
 
+def test_a_replica_that_has_just_started_is_cold_for_a_while(controller: Controller, clock: Clock) -> None:
+    def cold() -> bool:
+        return controller.view().variants[1].is_cold
+
+    controller.replica(replica("known to the controller before this one"))
+    assert not cold()
+    clock.now_s += 10
+    controller.replica(replica("new", state="loading"))
+    clock.now_s += 10
+    controller.replica(replica("new"))
+    assert cold()
+    clock.now_s += 10
+    controller.replica(replica("new"))
+    assert not cold()
+
+
 def test_a_replica_that_says_goodbye_is_gone(controller: Controller) -> None:
     controller.replica(replica("a", leaving=True))
     assert states(controller)["int8"] == "loading"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from serve.generation import (
 from serve.heartbeat import IngressBeat, State, VariantState, View
 from serve.hop import Outbox, Parcel, ReplicaDied
 from serve.metrics import Snapshot
-from serve.rollout import Outcome, Split
+from serve.rollout import Outcome, Split, assign
 from serve.router import RoutedAnswer, Router
 
 
@@ -50,12 +51,15 @@ class FakeLink:
         self.asked: list[str] = []
         self.aborted: list[str] = []
         self.drop_last = False
+        self.stuck = False
 
     async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
         self.asked.append(request.request_id)
         error = self.script.pop(0) if self.script else None
         if error:
             raise error
+        if self.stuck:
+            await asyncio.Event().wait()
         outbox = Outbox(f"{self.name}-{len(self.asked)}", f"{channel}-{request.request_id}")
         outbox.open(request)
         outbox.put([PromptDelta(request.request_id, (1, 2))])
@@ -99,9 +103,12 @@ class FakeControl:
     def __init__(self, states: Mapping[str, State], weights: Mapping[str, float]) -> None:
         self.split = Split(stable=next(iter(weights)), weights=weights, salt="salt")
         self.states = dict(states)
+        self.replicas = 2
         self.outcomes: dict[int, Outcome] = {}
+        self.deaths: Mapping[str, int] = {}
         self.snapshot = Snapshot()
         self.gone = False
+        self.is_young = False
 
     @property
     def view(self) -> View:
@@ -109,7 +116,12 @@ class FakeControl:
             self.split,
             tuple(
                 VariantState(
-                    name, name, state, reason="no file" if state == "failed" else None, fingerprint=f"f-{name}"
+                    name,
+                    name,
+                    state,
+                    reason="no file" if state == "failed" else None,
+                    fingerprint=f"f-{name}",
+                    ready_replicas=self.replicas if state == "ready" else 0,
                 )
                 for name, state in self.states.items()
             ),
@@ -119,8 +131,8 @@ class FakeControl:
         if self.gone:
             raise VariantUnavailable("the controller does not answer")
         self.outcomes |= {outcome.record: outcome for outcome in beat.batch.outcomes}
-        self.snapshot = beat.snapshot
-        return self.view
+        self.snapshot, self.deaths = beat.snapshot, beat.deaths
+        return replace(self.view, is_young=self.is_young)
 
     async def set_traffic(self, weights: Mapping[str, float]) -> View:
         self.split = self.split.moved(weights)
@@ -409,3 +421,99 @@ async def test_the_router_reports_by_itself_until_it_is_closed(monkeypatch: pyte
         while not stage.router.ready():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await stage.router.close()
+
+
+# What becomes of requests whose variant dies
+
+
+@pytest.fixture
+async def canary() -> AsyncIterator[Stage]:
+    """Half of all go to int8, which has one replica."""
+    stage = Stage({"bf16": "ready", "int8": "ready"}, {"bf16": 50, "int8": 50})
+    stage.control.split = replace(stage.control.split, canary="int8", revision=3)
+    stage.control.replicas = 1
+    yield await stage.beat()
+    await stage.router.close()
+
+
+def int8_user(stage: Stage) -> str:
+    return next(f"u{n}" for n in range(99) if assign(stage.control.split, f"u{n}", "").variant == "int8")
+
+
+async def test_a_call_whose_canary_died_is_answered_by_the_stable_variant_and_says_so(canary: Stage) -> None:
+    canary.links["int8"].script = [ReplicaDied("gone")]
+    user = int8_user(canary)
+    answer, events = await canary.ask(sticky_key=user)
+    assert text(events) == "bf16 " * 3
+    assert (answer.disclosure.variant, answer.disclosure.route) == ("bf16", "sticky")
+    # The next one is not even sent there, and the controller learns of the death.
+    answer, _ = await canary.ask(sticky_key=user)
+    assert answer.disclosure.variant == "bf16"
+    assert len(canary.links["int8"].asked) == 1
+    await canary.beat()
+    assert canary.control.deaths == {"int8": 1}
+    by_variant = {(o.variant, o.error, o.held_out) for o in canary.control.outcomes.values()}
+    assert by_variant == {("int8", "replica_died", False), ("bf16", None, True), ("bf16", None, False)}
+
+
+async def test_all_prompts_of_a_call_move_together(canary: Stage) -> None:
+    canary.links["int8"].script = [ReplicaDied("gone")] * 3
+    answer, events = await canary.ask(prompts=3, sticky_key=int8_user(canary))
+    assert answer.disclosure.variant == "bf16"
+    assert text(events).split() == ["bf16"] * 9
+
+
+async def test_a_request_that_waits_for_a_variant_that_crashes_is_set_free(canary: Stage) -> None:
+    canary.links["int8"].stuck = True
+    asked = asyncio.create_task(canary.ask(sticky_key=int8_user(canary)))
+    while not canary.links["int8"].asked:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    canary.control.states["int8"] = "loading"
+    await canary.beat()
+    answer, events = await asked
+    assert (answer.disclosure.variant, text(events)) == ("bf16", "bf16 " * 3)
+
+
+async def test_a_pinned_request_waits_for_a_successor_but_not_for_ever(
+    canary: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary.links["int8"].script = [ReplicaDied("gone")]
+    asked = asyncio.create_task(canary.ask(pin="int8"))
+    await asyncio.sleep(0.01)
+    await canary.beat()
+    answer, events = await asked
+    assert (answer.disclosure.route, text(events)) == ("pinned", "int8 " * 3)
+    monkeypatch.setattr(router_module, "_SUCCESSOR_S", 0.05)
+    canary.links["int8"].script = [ReplicaDied("gone", retry_after_s=1)]
+    _, events = await canary.ask(pin="int8")
+    assert isinstance(events[0], Failure)
+    assert isinstance(events[0].error, VariantUnavailable)
+    assert events[0].error.retry_after_s == 1
+
+
+async def test_a_controller_that_has_just_started_makes_nobody_absent(canary: Stage) -> None:
+    canary.control.states = dict.fromkeys(canary.control.states, "loading")
+    canary.control.is_young = True
+    await canary.beat()
+    assert text((await canary.ask(pin="int8"))[1]) == "int8 " * 3
+    canary.control.is_young = False
+    await canary.beat()
+    with pytest.raises(VariantUnavailable):
+        await canary.router.start(canary.call(pin="int8"))
+
+
+async def test_evidence_that_was_not_written_down_is_sent_again(two: Stage) -> None:
+    await two.ask()
+    counted = two.control.ingress
+
+    async def uncounted(beat: IngressBeat) -> View:
+        return replace(await counted(beat), counted=False)
+
+    two.control.ingress = uncounted  # type: ignore[method-assign]
+    await two.beat()
+    two.control.outcomes.clear()
+    two.control.ingress = counted  # type: ignore[method-assign]
+    for kept in (1, 0):
+        two.control.outcomes.clear()
+        await two.beat()
+        assert len(two.control.outcomes) == kept
