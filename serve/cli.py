@@ -17,6 +17,7 @@ from serve.commands.bench import bench
 from serve.commands.compress import compress
 from serve.commands.distill import distill
 from serve.commands.evaluate import evaluate
+from serve.commands.sensitivity import sensitivity
 from serve.errors import SetupError
 
 __all__ = ["app", "main"]
@@ -68,6 +69,7 @@ app.command()(compress)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(distill)
+app.command()(sensitivity)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(rollout.app, name="rollout")
 

@@ -6,19 +6,23 @@ HTTP, nor about how tokens are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serve.compression.artifact import Store
-from serve.compression.calibration import Calibration
+from serve.compression.calibration import Calibration, bundled
 from serve.compression.compress import Progress, silent
+from serve.compression.effects import By, Effect, measure_effects
 from serve.compression.loader import Loader, context_length
+from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
+from serve.compression.stages import Dense, Mixed
+from serve.errors import RecipeError
 
-__all__ = ["LoadedModel", "load"]
+__all__ = ["LoadedModel", "load", "measure_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,29 @@ def load(
     with Loader.opened(source, recipe, device=device, calibration=calibration, progress=progress) as loader:
         loader.fill(Store(artifacts) if artifacts is not None else None)
     return _result(loader)
+
+
+def measure_sensitivity(
+    source: str,
+    recipe: Recipe,
+    by: By,
+    *,
+    device: str = "auto",
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+) -> list[Effect]:
+    """What `recipe` does to each layer or projection of `source` alone, all else in float32; the text is calibration's.
+
+    Raise a `SetupError` of one line where that cannot be measured.
+    """
+    exact = Recipe(stages=(Dense("fp32"),))
+    applied = replace(recipe, stages=(*exact.stages, *recipe.work))
+    if recipe.structures or isinstance(recipe.quantizer, Mixed) or not recipe.work:
+        raise RecipeError(f"recipe {recipe.name}: sensitivity is of pruning or quantizing a layer; name such a recipe")
+    with Loader.opened(source, exact, device=device, progress=progress) as loader:
+        loader.fill(None)
+        samples = loader.samples(calibration or bundled())
+        return measure_effects(loader.skeleton, samples, Plan(applied, loader.plan.device), by, progress=progress)
 
 
 def _result(loader: Loader) -> LoadedModel:

@@ -40,7 +40,7 @@ from serve.errors import ArtifactError, CheckpointError, RecipeError, Unsupporte
 
 __all__ = ["Loader", "context_length"]
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of every fingerprint: raised when the same recipe would give other numbers than before."""
 
 _log = logging.getLogger(__name__)
@@ -216,28 +216,33 @@ class Loader:
             self.recipe, self.plan = recipe, Plan(recipe, self.plan.device, pruned=self.plan.pruned)
 
     def _mixed(self, weights: Reader, sink: Sink | None) -> Recipe:
-        """The recipe with a precision for every projection. Needs the whole model, dense, for a while.
+        """The recipe with a precision for every projection. Needs the whole model, dense and as precise as the file has
+        it, for a while.
 
         An attempt that goes on from finished layers keeps the choices those were made by.
         """
         draft = sink if isinstance(sink, Draft) else None
         if draft is not None and (decided := draft.recall("recipe")) is not None:
             return Recipe.from_dict(decided)
-        dense, plain = self._build(self.recipe), Recipe(stages=(Dense(self.recipe.dtype),))  # type: ignore[arg-type]
+        exact = "fp32" if self.source.stored_dtype in (torch.float32, None) else self.recipe.dtype
+        plain = Recipe(stages=(Dense(exact), *self.recipe.structures))  # type: ignore[arg-type]
+        dense, plain = self._build(plain), Recipe(stages=plain.stages[:1])
         compress(dense, weights, Plan(plain, self.plan.device))
-        mixed = mix(self.recipe, dense, self._samples(), self.plan.device, progress=self.progress)
+        assert self.calibration is not None
+        mixed = mix(self.recipe, dense, self.samples(self.calibration), self.plan.device, progress=self.progress)
         if draft is not None:
             draft.remember("recipe", mixed.to_dict())
         return mixed
 
-    def _samples(self) -> list[list[int]]:
-        assert self.calibration is not None
+    def samples(self, calibration: Calibration) -> list[list[int]]:
+        """The text's token ids as this model reads it."""
         context_tokens = context_length(self.source.config, self.tokenizer)
-        return self.calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
+        return calibration.samples(lambda text: list(self.tokenizer(text)["input_ids"]), context_tokens)
 
     def _activations(self, skeleton: Skeleton) -> BlockActivations:
         """The calibration text in front of the first block."""
-        activations = BlockActivations(skeleton, self._samples(), self.plan.device)
+        assert self.calibration is not None
+        activations = BlockActivations(skeleton, self.samples(self.calibration), self.plan.device)
         self._calibration_tokens = activations.tokens
         return activations
 

@@ -14,7 +14,7 @@ from serve.compression import methods
 from serve.compression.hardware import check_dtype
 from serve.compression.method import Need, Pruner, Quantizer
 from serve.compression.methods.pruners import ZerosStay
-from serve.compression.methods.storage import SparseStorage
+from serve.compression.methods.storage import DenseStorage, SparseStorage
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import DTYPES
 from serve.compression.stages import Gptq, Int8, Int8Weight, Mixed
@@ -69,6 +69,8 @@ class Plan:
             raise RecipeError(
                 f"recipe: overrides.{pattern}: {recipe.structures[0].name} cuts the whole model or nothing"
             )
+        if not recipe.work and recipe.dtype != self.recipe.dtype:
+            return Treatment(self._default.pruners, DenseStorage(DTYPES[recipe.dtype]))
         treatment = self._treat(recipe)
         return Treatment(self._default.pruners + treatment.pruners, treatment.quantizer)
 

@@ -21,18 +21,18 @@ from torch import Tensor
 from serve.compression import methods
 from serve.compression.activations import BlockActivations
 from serve.compression.compress import Progress, silent
-from serve.compression.formats.linear import CompressedLinear
+from serve.compression.formats.linear import CompressedLinear, LinearSpec
 from serve.compression.method import Group, InputStatistics, Need, Projection
 from serve.compression.methods.gptq import layer_loss
 from serve.compression.recipe import Recipe
-from serve.compression.skeleton import Skeleton, set_module, weight_of
+from serve.compression.skeleton import DTYPES, Skeleton, set_module, weight_of
 from serve.compression.stages import Mixed, Stage
 
-__all__ = ["CANDIDATES", "Choice", "choose", "measure_sensitivity", "mix"]
+__all__ = ["CANDIDATES", "Choice", "DivergenceMeter", "choose", "measure_sensitivity", "mix"]
 
 CANDIDATES = (
     "gptq2-g64", "gptq3-g128", "gptq3-g64-asym", "gptq4", "gptq4-g64", "gptq4-g64-asym", "gptq4-g32", "gptq4-g32-asym",
-    "gptq8", "bf16",
+    "gptq8", "bf16", "fp32",
 )  # fmt: skip
 _PROBE = "gptq3-g64-asym"
 _SAMPLES = 32
@@ -58,10 +58,14 @@ def measure_sensitivity(
     device: torch.device,
     candidates: Sequence[str] = CANDIDATES,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> dict[str, list[Choice]]:
-    """For every projection of a model that is filled and dense, what each candidate would do. Leaves it as it was."""
-    evaluate = _Divergence.of(skeleton, samples, device)
+    """For every projection of a model that is filled and dense, what each candidate would do. Leaves it as it was.
+
+    Bits are counted with scales in `dtype`, whatever type the measurement is made in.
+    """
+    evaluate = DivergenceMeter.of(skeleton, samples, device)
     activations = BlockActivations(skeleton, samples, device)
     found: dict[str, list[Choice]] = {}
     for done, block in enumerate(skeleton.blocks):
@@ -70,7 +74,7 @@ def measure_sensitivity(
         statistics = activations.measure(block, names, Need.GRAM)
         for name in names:
             if name in statistics:
-                found[name] = _measure_one(skeleton, name, statistics[name], candidates, evaluate)
+                found[name] = _measure_one(skeleton, name, statistics[name], candidates, evaluate, dtype)
         activations.advance(block)
     return found
 
@@ -89,7 +93,8 @@ def mix(
     """
     stage = recipe.quantizer
     assert isinstance(stage, Mixed)
-    choices = measure_sensitivity(skeleton, samples[:_SAMPLES], device, progress=progress)
+    dtype = DTYPES[recipe.dtype]
+    choices = measure_sensitivity(skeleton, samples[:_SAMPLES], device, dtype=dtype, progress=progress)
     weights = {name: skeleton.spec(name).in_features * skeleton.spec(name).out_features for name in choices}
     chosen = choose(choices, weights, stage.budget_bits)
     return replace(recipe, overrides=(*recipe.overrides, *chosen.items()))
@@ -124,21 +129,24 @@ def _measure_one(
     statistics: InputStatistics,
     candidates: Sequence[str],
     evaluate: Callable[[], float],
+    dtype: torch.dtype,
 ) -> list[Choice]:
     module = skeleton.model.get_submodule(name)
     weight = weight_of(module, module.get_parameter("weight")).float()
     assert statistics.gram is not None
     tried = [recipe for recipe in dict.fromkeys((*candidates, _PROBE)) if _stage(recipe) is not None]
     layers = {recipe: _compressed(skeleton, name, weight, statistics, recipe) for recipe in tried}
-    losses = {recipe: layer_loss(layer.dequantize() - weight, statistics.gram) for recipe, layer in layers.items()}
-    bits = {recipe: _bits(skeleton, name, recipe) for recipe in candidates}
+    values = {recipe: layer.dequantize() for recipe, layer in layers.items()}
+    values |= {recipe: weight.to(_dtype(recipe)).float() for recipe in candidates if recipe not in layers}
+    losses = {recipe: layer_loss(value - weight, statistics.gram) for recipe, value in values.items()}
+    bits = {recipe: _bits(replace(skeleton.spec(name), dtype=dtype), recipe) for recipe in candidates}
     probe = layers[_PROBE]
     probe.prepare()
     set_module(skeleton.model, name, probe)
     measured = evaluate()
     set_module(skeleton.model, name, module)
     scale = measured / losses[_PROBE] if losses[_PROBE] > 0 else 0.0
-    return [Choice(recipe, bits[recipe], losses.get(recipe, 0.0) * scale) for recipe in candidates]
+    return [Choice(recipe, bits[recipe], losses[recipe] * scale) for recipe in candidates]
 
 
 def _compressed(
@@ -155,18 +163,21 @@ def _stage(recipe: str) -> Stage | None:
     return Recipe.parse(recipe).quantizer
 
 
-def _bits(skeleton: Skeleton, name: str, recipe: str) -> float:
-    """As stored beside 16-bit activations, whatever type the measurement is made in."""
+def _dtype(recipe: str) -> torch.dtype:
+    return DTYPES[Recipe.parse(recipe).dtype]
+
+
+def _bits(spec: LinearSpec, recipe: str) -> float:
+    """Bits per weight as stored, metadata counted."""
     stage = _stage(recipe)
     if stage is None:
-        return 16.0
-    spec = replace(skeleton.spec(name), dtype=torch.bfloat16)
+        return 8.0 * _dtype(recipe).itemsize
     storage = methods.quantizer(stage).shell(spec).storage()
     return 8 * (storage.weight_bytes + storage.metadata_bytes) / (spec.in_features * spec.out_features)
 
 
 @dataclass
-class _Divergence:
+class DivergenceMeter:
     """Mean KL(reference || model as it now is) over some tokens."""
 
     skeleton: Skeleton
@@ -174,7 +185,7 @@ class _Divergence:
     reference: list[Tensor]  # log-probabilities, float32 [tokens, vocabulary] each
 
     @classmethod
-    def of(cls, skeleton: Skeleton, samples: Sequence[Sequence[int]], device: torch.device) -> _Divergence:
+    def of(cls, skeleton: Skeleton, samples: Sequence[Sequence[int]], device: torch.device) -> DivergenceMeter:
         vocabulary = skeleton.model.config.get_text_config(decoder=True).vocab_size
         left = max(_REFERENCE_BYTES // (4 * vocabulary), 64)
         batches = []

@@ -225,8 +225,8 @@ class Mixed(Stage):
     budget_bits: float = 4.5
 
     def __post_init__(self) -> None:
-        if not 2.5 <= self.budget_bits <= 16:
-            raise RecipeError(f"mixed: a budget of {self.budget_bits:g} bits is not between 2.5 and 16")
+        if not 2.5 <= self.budget_bits <= 32:
+            raise RecipeError(f"mixed: a budget of {self.budget_bits:g} bits is not between 2.5 and 32")
 
     @property
     def name(self) -> str:

@@ -16,7 +16,9 @@ from serve.compression.calibration import Calibration
 from serve.compression.loader import Loader
 from serve.compression.recipe import Recipe
 from serve.compression.sensitivity import Choice, choose, measure_sensitivity
+from serve.errors import RecipeError
 from serve.loading import LoadedModel, load
+from serve.loading import measure_sensitivity as measure_effects_of
 from serve.quality import compare, model_logits, read_texts, tokenize
 
 
@@ -79,7 +81,7 @@ def test_measuring_leaves_the_model_as_it_was_and_finer_formats_lose_less(tiny: 
         with torch.no_grad():
             before = skeleton.model(ids).logits
             found = measure_sensitivity(
-                skeleton, samples, torch.device("cpu"), ["gptq3-g64", "gptq4-g64", "gptq8", "bf16"]
+                skeleton, samples, torch.device("cpu"), ["gptq3-g64", "gptq4-g64", "gptq8", "bf16", "fp32"]
             )
             assert torch.equal(skeleton.model(ids).logits, before)
     assert set(found) == set(skeleton.projections)
@@ -88,7 +90,8 @@ def test_measuring_leaves_the_model_as_it_was_and_finer_formats_lose_less(tiny: 
         assert divergences == sorted(divergences, reverse=True)
         assert divergences[0] > 0
         assert [round(choice.bits, 2) for choice in choices[:2]] == [3.25, 4.25]
-        assert (choices[-1].bits, choices[-1].kl_divergence) == (16, 0)
+        assert [choice.bits for choice in choices[-2:]] == [16, 32]
+        assert choices[-1].kl_divergence == 0
 
 
 def test_mixed_recipes_are_written_either_way() -> None:
@@ -130,6 +133,26 @@ def test_an_attempt_that_goes_on_keeps_the_choices_it_began_with(
     assert {path.name for path in artifact.folder.glob("*.json")} == {"manifest.json"}
 
 
+@pytest.mark.parametrize(("model", "layer", "bits"), [("bf16", "fp32", 32), ("fp32", "bf16", 16)])
+def test_a_layer_may_be_kept_in_a_floating_type_of_its_own(
+    tiny: str, model: str, layer: str, bits: int, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    recipe = Recipe.parse({"stages": [model], "overrides": {name: layer}})
+    made, again = (load(tiny, recipe, device="cpu", artifacts=tmp_path / "store") for _ in range(2))
+    kept = made.model.get_submodule(name)
+    assert kept.storage().weight_bytes * 8 == bits * kept.in_features * kept.out_features
+    assert torch.equal(logits(again), logits(made))
+    x = torch.randn(5, kept.in_features, dtype=kept.spec.dtype)
+    torch.testing.assert_close(kept(x), kept.reference(x), atol=1e-5, rtol=1e-2 if model == "bf16" else 1e-4)
+
+
+def test_a_budget_that_allows_it_keeps_layers_in_32_bits(tiny: str, calibration: Calibration) -> None:
+    wide = {name: [Choice("bf16", 16, kl), Choice("fp32", 32, 0)] for name, kl in (("calm", 1e-9), ("loud", 1e-5))}
+    assert choose(wide, {"calm": 10, "loud": 10}, 24) == {"calm": "bf16", "loud": "fp32"}
+    assert Recipe.parse("mixed24").quantizer is not None
+
+
 @pytest.mark.slow
 def test_mixed_beats_uniform_precision_at_equal_bytes(shared: Path, tiny: str) -> None:
     calibration = Calibration(shared / "data" / "tinystories" / "calib.jsonl")
@@ -142,3 +165,28 @@ def test_mixed_beats_uniform_precision_at_equal_bytes(shared: Path, tiny: str) -
         assert variant.report.bits_per_weight <= 4.5
         found[recipe] = compare(model_logits(reference.model), model_logits(variant.model), records).kl_divergence.mean
     assert found["mixed4.5"] < found["gptq4-g32"]
+
+
+@pytest.mark.parametrize("recipe", ["gptq3-g64", "wanda50+rtn4", "int8"])
+def test_each_part_is_measured_alone_and_a_layer_loses_more_than_any_of_its_parts(
+    tiny: str, calibration: Calibration, recipe: str
+) -> None:
+    parts, layers = (
+        measure_effects_of(tiny, Recipe.parse(recipe), by, device="cpu", calibration=calibration)
+        for by in ("projection", "layer")
+    )
+    assert len(parts) == 14
+    assert [layer.name for layer in layers] == ["model.layers.0", "model.layers.1"]
+    for layer in layers:
+        inside = [part for part in parts if part.name.startswith(layer.name)]
+        assert layer.weights == sum(part.weights for part in inside)
+        assert layer.kl_divergence > max(part.kl_divergence for part in inside) > 0
+    skipped = replace(Recipe.parse(recipe), skip=("*.layers.0.*",))
+    left = measure_effects_of(tiny, skipped, "projection", device="cpu", calibration=calibration)
+    assert left == [part for part in parts if part.name.startswith("model.layers.1")]
+
+
+def test_what_is_no_change_to_a_layer_has_no_sensitivity(tiny: str) -> None:
+    for recipe in ("structured25", "mixed4.5", "bf16"):
+        with pytest.raises(RecipeError, match="name such a recipe"):
+            measure_effects_of(tiny, Recipe.parse(recipe), "layer")
