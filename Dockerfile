@@ -10,8 +10,9 @@ FROM ${BASE}
 
 ARG PYTHON=python3.11
 ARG PIP_EXTRA_INDEX_URL=
+# wget is for KubeRay, which probes its pods with it.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends make \
+    && apt-get install --yes --no-install-recommends make wget \
     && (command -v ${PYTHON} || apt-get install --yes --no-install-recommends ${PYTHON} ${PYTHON}-venv) \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 halftone
@@ -20,7 +21,8 @@ WORKDIR /halftone
 COPY --chown=halftone:halftone . .
 RUN chown halftone:halftone .
 USER halftone
-RUN make install PYTHON=${PYTHON} && rm -rf ~/.cache/pip
+# The folder of artifacts is made here, so that a volume mounted on it belongs to this user.
+RUN make install PYTHON=${PYTHON} && rm -rf ~/.cache/pip && mkdir -p ~/.cache/halftone/artifacts
 
 # Inside a container the port must leave loopback to be published; outside, `halftone serve` stays on 127.0.0.1.
 EXPOSE 8000

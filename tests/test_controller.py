@@ -161,6 +161,21 @@ def test_every_variant_but_the_stable_one_tells_the_guard_of_its_precision(contr
     assert text.count(f"{name}{{") == 1
 
 
+def test_whichever_ingress_is_asked_answers_for_all(controller: Controller) -> None:
+    beats = []
+    for number, seconds in enumerate((0.0123, 0.4, 7.0)):
+        recorder = Recorder()
+        recorder.observe(metrics.TTFT, INT8, seconds, count=number + 1)
+        recorder.add(metrics.GENERATION_TOKENS, INT8, 10**number)
+        beats.append(IngressBeat(f"ingress {number}", Batch(f"ingress {number}", 1, 0.0), recorder.snapshot()))
+        controller.ingress(beats[-1])
+    labels = 'model_name="m",precision="int8",variant="int8"'
+    for text in (controller.metrics(beat) for beat in beats):
+        assert f"halftone_generation_tokens_total{{{labels}}} 111.0" in text
+        assert f"halftone_time_to_first_token_seconds_sum{{{labels}}} 21.8123" in text
+        assert f'halftone_time_to_first_token_seconds_bucket{{le="0.5",{labels}}} 3.0' in text
+
+
 @given(shares=shares, stable=st.sampled_from(NAMES), ready=st.sets(st.sampled_from(NAMES)))
 def test_what_is_dealt_is_all_of_it_and_only_to_the_ready(shares: list[int], stable: str, ready: set[str]) -> None:
     weights = {name: 100 * share / sum(shares) for name, share in zip(NAMES, shares, strict=True)}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.running import Halftone
+from tests.deployments.scraping import Prometheus
+from tests.running import ROOT, Halftone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -24,6 +28,12 @@ variants:
   - {name: broken, recipe: bf16, source: SOURCE}
 traffic: {stable: fp32, weights: {fp32: 50, int8: 50, broken: 0}}
 """
+
+
+COUNTERS = (
+    "halftone_request_success_total", "halftone_generation_tokens_total", "halftone_prompt_tokens_total",
+    "halftone_time_to_first_token_seconds_count",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +189,44 @@ def test_counts_are_exact_the_moment_an_answer_is_there(server: Halftone) -> Non
     body = {"model": "storyteller@int8", "prompt": [5, 6, 7, 8], "max_tokens": 9, "ignore_eos": True}
     httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status()
     assert [server.metric(name, variant="int8") - was for name, was in zip(names, before, strict=True)] == [4, 9, 1]
+
+
+def test_prometheus_counts_what_the_load_generator_counted(server: Halftone, tmp_path: Path) -> None:
+    with Prometheus(tmp_path, server.url.removeprefix("http://")) as prometheus:
+        before = {name: prometheus.query(f"sum by (variant) ({name})") for name in COUNTERS}
+        sent = load(server, "--num-requests", "40", "--concurrency", "4", "--output-tokens", "12")
+        counted = {
+            "halftone_request_success_total": {v: row["requests"]["succeeded"] for v, row in sent.items()},
+            "halftone_generation_tokens_total": {v: row["completion_tokens"]["total"] for v, row in sent.items()},
+            "halftone_prompt_tokens_total": {v: row["prompt_tokens"]["total"] for v, row in sent.items()},
+            "halftone_time_to_first_token_seconds_count": {v: row["ttft_s"]["count"] for v, row in sent.items()},
+        }
+        assert set(sent) == {"fp32", "int8"}
+        for name, by_variant in counted.items():
+            for variant, count in by_variant.items():
+                expected = before[name].get(variant, 0.0) + count
+                prometheus.wait_until(lambda: prometheus.query(f"sum by (variant) ({name})")[variant] == expected)  # noqa: B023
+        assert [rule["name"] for rule in prometheus.rules() if rule["health"] != "ok"] == []
+        failing = prometheus.query("halftone:request_failures:ratio_rate5m")
+        assert failing.keys() >= {"fp32", "int8"}
+        assert prometheus.query('ALERTS{alertname="HalftoneVariantWithoutReplica"}').keys() == {"broken"}
+
+
+def load(server: Halftone, *options: str) -> dict[str, Any]:
+    """What the load generator saw, by variant, nothing left out as warm-up."""
+    command = [sys.executable, "-m", "loadtest", "run", "--url", server.url, "--model", "storyteller", "--warmup", "0"]
+    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["by_variant"])
+
+
+def test_no_label_is_a_clients_invention(server: Halftone) -> None:
+    body = {"model": "gremlin", "prompt": "gremlin", "user": "gremlin", "max_tokens": 1, "gremlin": "gremlin"}
+    for headers in ({}, {"x-halftone-variant": "gremlin"}, {"x-request-id": "gremlin"}):
+        for changes in ({}, {"model": "storyteller"}, {"model": "storyteller", "max_tokens": -1}):
+            httpx.post(f"{server.url}/v1/completions", json={**body, **changes}, headers=headers, timeout=30)
+    httpx.post(f"{server.url}/gremlin")
+    assert "gremlin" not in httpx.get(f"{server.url}/metrics").text
 
 
 def test_only_loopback_is_listened_on(server: Halftone) -> None:
