@@ -24,15 +24,19 @@ def compress(
     source: options.Source,
     recipe: Annotated[str, typer.Option(help="What to do to the weights, as gptq4-g64 or wanda50+int8.")],
     out: Annotated[
-        Path | None, typer.Option(help="A new folder, a model like any other. Default: the artifact store.")
+        Path | None, typer.Option(help="A new folder (with gguf, a new file). Default: the artifact store.")
     ] = None,
     calibration: options.CalibrationFile = None,
     num_samples: options.NumSamples = 128,
     sample_tokens: options.SampleTokens = None,
     calibration_seed: options.CalibrationSeed = None,
     form: Annotated[
-        Literal["halftone", "gptq"],
-        typer.Option("--format", help="With --out: ours, which keeps everything, or gptq, which others read."),
+        Literal["halftone", "gptq", "gguf"],
+        typer.Option(
+            "--format",
+            help="With --out: ours, a model like any other; gptq for transformers, GPTQModel and vLLM; or gguf for "
+            "llama.cpp (Q8_0 of int8 and 8-bit recipes, Q4_0 of symmetric 4-bit ones).",
+        ),
     ] = "halftone",
     device: options.Device = "auto",
     fresh: options.Fresh = False,
@@ -59,7 +63,7 @@ def compress(
     from serve.errors import SetupError
 
     if out is None and form != "halftone":
-        raise SetupError("--format gptq writes a folder for others to read: say which with --out")
+        raise SetupError(f"--format {form} writes for others to read: say where with --out")
     parsed, remarks = Recipe.parse(recipe), standard_error()
     samples = options.calibration(calibration, num_samples, sample_tokens, calibration_seed)
     if gradual:
@@ -99,7 +103,7 @@ def _into_folder(
     source: str,
     recipe: Recipe,
     out: Path,
-    form: Literal["halftone", "gptq"],
+    form: Literal["halftone", "gptq", "gguf"],
     text: Calibration | None,
     device: str,
     progress: Progress,

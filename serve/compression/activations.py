@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from serve.compression.compress import Activations
+from serve.compression.formats.linear import CompressedLinear
 from serve.compression.method import InputStatistics, Need
 from serve.compression.methods.structured import block_influence
-from serve.compression.skeleton import Skeleton
+from serve.compression.skeleton import Skeleton, is_projection
 from serve.errors import CalibrationError
 
 __all__ = ["BlockActivations", "InputMeter"]
@@ -40,6 +41,7 @@ class BlockActivations(Activations):
         self._skeleton, self.device = skeleton, device
         self._batches = _batches(samples, device)
         self._states: list[Tensor] | None = None  # None: in front of the first block
+        self._finished: dict[str, dict[int, Any]] = {}  # outputs of the block's compressed children, batch by batch
         self._returns_tuple = False
 
     @property
@@ -94,16 +96,17 @@ class BlockActivations(Activations):
     def _advance(self, block: str, observe: Callable[[Tensor, Tensor], None]) -> None:
         states: list[Tensor] = []
         for index in range(len(self._batches)):
-            before, output = self._run(block, index) or _unreached(block)
+            before, output = self._run(block, index, last=True) or _unreached(block)
             self._returns_tuple = isinstance(output, tuple)
             states.append(output[0] if isinstance(output, tuple) else output)
             observe(before, states[index])
             if self._states is not None:
                 self._states[index] = states[index]  # the old ones are not needed, and take as much memory
         self._states = states
+        self._finished.clear()
 
     @torch.no_grad()
-    def _run(self, block: str, index: int) -> tuple[Tensor, Any] | None:
+    def _run(self, block: str, index: int, *, last: bool = False) -> tuple[Tensor, Any] | None:
         """What enters and what leaves the block on one batch, or None where a watcher had seen enough."""
         result: list[tuple[Tensor, Any]] = []
 
@@ -118,12 +121,31 @@ class BlockActivations(Activations):
         blocks = self._skeleton.blocks
         real: Any = blocks[block].forward
         earlier = list(blocks)[: list(blocks).index(block)]
-        with _forwards({blocks[name]: skip for name in earlier} | {blocks[block]: run}):
+        finished = self._replays(blocks[block], index, last=last)
+        with _forwards({blocks[name]: skip for name in earlier} | finished | {blocks[block]: run}):
             try:
                 self._skeleton.model(input_ids=self._batches[index], use_cache=False)
             except _Reached:
                 return result[0] if result else None
         return _unreached(block)
+
+    def _replays(self, block: nn.Module, index: int, *, last: bool) -> dict[nn.Module, Callable[..., object]]:
+        """Children whose projections are all compressed give what they gave before: attention is not run once more
+        for each group of the MLP. Exact, for whatever runs before a child's last projection was compressed before it.
+        """
+
+        def replay(child: nn.Module, outputs: dict[int, Any]) -> Callable[..., object]:
+            real: Any = child.forward
+
+            def forward(*args: object, **kwargs: object) -> object:
+                if index not in outputs:
+                    outputs[index] = real(*args, **kwargs)
+                return outputs.pop(index) if last else outputs[index]
+
+            return forward
+
+        done = {name: child for name, child in block.named_children() if _is_finished(child)}
+        return {child: replay(child, self._finished.setdefault(name, {})) for name, child in done.items()}
 
     @contextmanager
     def _watched(self, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -172,6 +194,12 @@ class InputMeter:
             gram += gram.triu(1).t()
         mean_abs, mean_square = self._sums[0] / self.tokens, self._sums[1] / self.tokens
         return InputStatistics(self.tokens, mean_abs, self._sums[2], mean_square, gram)
+
+
+def _is_finished(child: nn.Module) -> bool:
+    """Whether the child held projections, and holds only compressed ones now."""
+    modules = list(child.modules())
+    return any(isinstance(m, CompressedLinear) for m in modules) and not any(is_projection(m) for m in modules)
 
 
 def _unreached(block: str) -> NoReturn:

@@ -73,7 +73,8 @@ def _stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
 
 
 def _gptq_stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Gptq:
-    if settings.get("lm_head") or settings.get("dynamic"):
+    rules = settings.get("dynamic") or {}  # those that begin with "-:" leave layers alone, which the file shows anyway
+    if settings.get("lm_head") or any(not str(rule).startswith("-:") for rule in rules):
         raise CheckpointError(f"{checkpoint.folder}: GPTQ with a compressed head or layers of different settings")
     bits, group_size = int(settings["bits"]), int(settings["group_size"])
     modules = _modules(checkpoint)

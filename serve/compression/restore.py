@@ -17,7 +17,7 @@ from serve.compression.plan import Plan
 from serve.compression.skeleton import Skeleton, set_module, set_tensor
 from serve.errors import ArtifactError
 
-__all__ = ["REST", "finish_rest", "move_buffers", "restore", "restore_part"]
+__all__ = ["REST", "finish_rest", "move_buffers", "restore", "restore_part", "shells", "take_layers"]
 
 REST = "rest"
 
@@ -35,13 +35,11 @@ def restore(skeleton: Skeleton, plan: Plan, read: Callable[[str], Mapping[str, T
 
 def restore_part(skeleton: Skeleton, plan: Plan, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill one block, or everything outside the blocks."""
-    model, left = skeleton.model, dict(tensors)
-    for name, shell in _shells(skeleton, plan, part):
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): left.pop(key) for key in list(left) if key.startswith(prefix)}
-        shell.fill(**{key: tensor.to(plan.device) for key, tensor in own.items()})
-        shell.prepare()
-        set_module(model, name, shell.eval())
+    model = skeleton.model
+    layers, left = take_layers(skeleton, plan, part, tensors)
+    for name, layer in layers.items():
+        layer.prepare()
+        set_module(model, name, layer.eval())
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, tensor in left.items():
         if shapes.get(name) != tensor.shape:
@@ -50,6 +48,19 @@ def restore_part(skeleton: Skeleton, plan: Plan, part: str, tensors: Mapping[str
     if part == REST:
         _tie(skeleton)
         finish_rest(skeleton, plan)
+
+
+def take_layers(
+    skeleton: Skeleton, plan: Plan, part: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, CompressedLinear], dict[str, Tensor]]:
+    """The part's compressed layers, filled but not prepared, and the tensors that are left: ordinary parameters."""
+    layers, left = {}, dict(tensors)
+    for name, shell in shells(skeleton, plan, part):
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): left.pop(key) for key in list(left) if key.startswith(prefix)}
+        shell.fill(**{key: tensor.to(plan.device) for key, tensor in own.items()})
+        layers[name] = shell
+    return layers, left
 
 
 def finish_rest(skeleton: Skeleton, plan: Plan) -> None:
@@ -68,7 +79,8 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
                 owner._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
-def _shells(skeleton: Skeleton, plan: Plan, part: str) -> list[tuple[str, CompressedLinear]]:
+def shells(skeleton: Skeleton, plan: Plan, part: str) -> list[tuple[str, CompressedLinear]]:
+    """Empty layers for the projections of a part (and the head, for the rest) that the plan compresses."""
     if part == REST:
         if plan.head is None or skeleton.head is None:
             return []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from serve.compression.calibration import Calibration
-from serve.compression.export import _gptq_tensors, _pack
+from serve.compression.export.gptq import _gptq_tensors, _pack
 from serve.compression.foreign import _unpack
 from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.methods.rtn import round_to_nearest
@@ -101,6 +101,21 @@ def test_an_exported_checkpoint_gives_the_same_logits(
     assert found.tokenizer("One day").input_ids == ours.tokenizer("One day").input_ids
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+def test_a_cut_model_and_skipped_layers_are_exported_as_they_are(
+    tiny: Path, tmp_path: Path, calibration: Calibration
+) -> None:
+    recipe = Recipe.parse({"stages": ["structured50", "rtn4-g32"], "skip": ["model.layers.0.*"]})
+    compress_to(str(tiny), recipe, tmp_path / "out", format="gptq", calibration=calibration)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] < 384
+    assert all(rule.startswith("-:^model") for rule in config["quantization_config"]["dynamic"])
+    found = load(str(tmp_path / "out"), Recipe.parse("bf16"))
+    assert_near(found, load(str(tiny), recipe, calibration=calibration))
+    with pytest.raises(RecipeError, match="overrides"):
+        mixed = Recipe.parse({"stages": ["rtn4"], "overrides": {"*.0.*": "rtn8"}})
+        compress_to(str(tiny), mixed, tmp_path / "mixed", format="gptq")
 
 
 def test_activation_order_puts_columns_back_in_their_places() -> None:

@@ -9,6 +9,7 @@ together once, and `permutation` says which input feature each stored column mul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,14 @@ class GroupedWeight:
     scales: Tensor
     zero_points: Tensor | None = None
     permutation: Tensor | None = None
+
+    def split(self, rows: Sequence[int]) -> list[GroupedWeight]:
+        """Matrices of so many rows each, one after another: siblings that were rounded together."""
+        codes, scales = torch.split(self.codes, list(rows)), torch.split(self.scales, list(rows), dim=1)
+        zeros: list[Tensor | None] = [None] * len(rows)
+        if self.zero_points is not None:
+            zeros = list(torch.split(self.zero_points, list(rows), dim=1))
+        return [GroupedWeight(self.grid, *parts, self.permutation) for parts in zip(codes, scales, zeros, strict=True)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix `[out_features, in_features]` in the model's column order. Not for serving."""

@@ -93,18 +93,19 @@ def inverse_factor(gram: Tensor, damping: float, name: str = "weight") -> Tensor
 
     Inputs that calibration never saw have zeros in H; damping alone decides for them, and they are rounded to nearest.
     """
-    gram = gram.double()
-    mean = gram.diagonal().mean()
-    identity = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    mean = gram.diagonal().mean(dtype=torch.float64)
     if mean <= 0:
-        return identity.float()
+        return torch.eye(gram.shape[0], device=gram.device)
     while damping <= _LARGEST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram + damping * mean * identity)
+        # Each matrix takes as much as two of the model's own: none is kept longer than it is needed.
+        matrix = gram.to(torch.float64, copy=True)
+        matrix.diagonal().add_(damping * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                factor: Tensor = upper.float()
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not failed and bool(matrix.isfinite().all()):
+                factor: Tensor = matrix.float()
                 return factor
         damping *= 10
     raise CompressionError(f"{name}: the Gram matrix of its inputs is not positive; use more calibration text")

@@ -10,10 +10,10 @@ from torch import Tensor
 from serve.compression.formats.grouped import GroupedLinear
 from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.formats.linear import CompressedLinear, LinearSpec
-from serve.compression.method import Group, InputStatistics, Need, Projection
+from serve.compression.method import Group, InputStatistics, Need, Producer
 from serve.compression.methods.awq import awq, search_scales
 from serve.compression.methods.gptq import gptq
-from serve.compression.methods.rtn import round_to_nearest
+from serve.compression.methods.rtn import check_weight, round_to_nearest
 from serve.compression.stages import Awq, Gptq, Grouped, RoundToNearest
 from serve.errors import CompressionError
 
@@ -37,14 +37,12 @@ class _GroupedMethod(ABC):
         return GroupedLinear(spec, self.grid, reordered=self.reordered)
 
     def quantize(self, group: Group, statistics: InputStatistics | None) -> list[CompressedLinear]:
-        return [
-            GroupedLinear.from_weight(projection.spec, self._round(projection, statistics), projection.bias)
-            for projection in group.projections
-        ]
+        members, rounded = group.projections, self._round(group, statistics)
+        return [GroupedLinear.from_weight(m.spec, weight, m.bias) for m, weight in zip(members, rounded, strict=True)]
 
     @abstractmethod
-    def _round(self, projection: Projection, statistics: InputStatistics | None) -> GroupedWeight:
-        """The projection's weight on the grid."""
+    def _round(self, group: Group, statistics: InputStatistics | None) -> list[GroupedWeight]:
+        """Each projection's weight on the grid, in order."""
 
 
 class RoundToNearestMethod(_GroupedMethod):
@@ -53,8 +51,8 @@ class RoundToNearestMethod(_GroupedMethod):
     def __init__(self, stage: RoundToNearest) -> None:
         super().__init__(stage)
 
-    def _round(self, projection: Projection, statistics: InputStatistics | None) -> GroupedWeight:
-        return round_to_nearest(projection.weight, self.grid, dtype=projection.spec.dtype, name=projection.name)
+    def _round(self, group: Group, statistics: InputStatistics | None) -> list[GroupedWeight]:
+        return [round_to_nearest(m.weight, self.grid, dtype=m.spec.dtype, name=m.name) for m in group.projections]
 
 
 class GptqMethod(_GroupedMethod):
@@ -68,17 +66,23 @@ class GptqMethod(_GroupedMethod):
         self.reordered = stage.activation_order
         self.damping = stage.damping
 
-    def _round(self, projection: Projection, statistics: InputStatistics | None) -> GroupedWeight:
-        return gptq(
-            projection.weight,
-            gram_of(statistics, projection.name),
+    def _round(self, group: Group, statistics: InputStatistics | None) -> list[GroupedWeight]:
+        """Siblings are stacked: their inputs are the same, and rows do not know of each other."""
+        members, first = group.projections, group.projections[0]
+        for projection in members:
+            check_weight(projection.weight, projection.name)
+        masks = [m.mask if m.mask is not None else torch.ones_like(m.weight, dtype=torch.bool) for m in members]
+        rounded = gptq(
+            torch.cat([projection.weight for projection in members]),
+            gram_of(statistics, first.name),
             self.grid,
-            dtype=projection.spec.dtype,
+            dtype=first.spec.dtype,
             damping=self.damping,
             activation_order=self.reordered,
-            mask=projection.mask,
-            name=projection.name,
+            mask=torch.cat(masks) if any(m.mask is not None for m in members) else None,
+            name=first.name,
         )
+        return rounded.split([projection.spec.out_features for projection in members])
 
 
 class AwqMethod(_GroupedMethod):
@@ -89,24 +93,20 @@ class AwqMethod(_GroupedMethod):
     def __init__(self, stage: Awq) -> None:
         super().__init__(stage)
 
-    def quantize(self, group: Group, statistics: InputStatistics | None) -> list[CompressedLinear]:
-        first = group.projections[0]
-        gram = gram_of(statistics, first.name)
-        if group.producer is None or statistics is None:
-            return super().quantize(group, statistics)
-        index = torch.arange(group.producer.channels, dtype=torch.float32, device=gram.device)
-        channel = group.producer.spread(index).round().long()
-        weights = [projection.weight for projection in group.projections]
-        scale = search_scales(weights, gram, statistics.mean_abs, self.grid, channel=channel, name=first.name)
-        group.producer.divide(scale)
-        spread = scale[channel]
-        return [GroupedLinear.from_weight(p.spec, self._awq(p, gram, spread), p.bias) for p in group.projections]
+    def _round(self, group: Group, statistics: InputStatistics | None) -> list[GroupedWeight]:
+        members, gram = group.projections, gram_of(statistics, group.projections[0].name)
+        factor = None if group.producer is None else self._scale(group, group.producer, statistics, gram)
+        return [awq(m.weight, gram, self.grid, factor, dtype=m.spec.dtype, name=m.name) for m in members]
 
-    def _round(self, projection: Projection, statistics: InputStatistics | None) -> GroupedWeight:
-        return self._awq(projection, gram_of(statistics, projection.name), None)
-
-    def _awq(self, projection: Projection, gram: Tensor, scale: Tensor | None) -> GroupedWeight:
-        return awq(projection.weight, gram, self.grid, scale, dtype=projection.spec.dtype, name=projection.name)
+    def _scale(self, group: Group, producer: Producer, statistics: InputStatistics | None, gram: Tensor) -> Tensor:
+        """The factor of each input, already taken out of the producer."""
+        assert statistics is not None
+        index = torch.arange(producer.channels, dtype=torch.float32, device=gram.device)
+        channel = producer.spread(index).round().long()
+        weights, name = [projection.weight for projection in group.projections], group.projections[0].name
+        scale = search_scales(weights, gram, statistics.mean_abs, self.grid, channel=channel, name=name)
+        producer.divide(scale)
+        return scale[channel]
 
 
 def gram_of(statistics: InputStatistics | None, name: str) -> Tensor:
