@@ -132,12 +132,14 @@ class Recipe:
         if "method" in data:
             data = {"stages": [data]}
         _check_keys("recipe", data, ("stages", "mixed", "lm_head", "skip", "overrides"))
-        parsed = [_parse_stage_entry(entry) for entry in _sequence("stages", data.get("stages", ()))]
-        inner = [recipe for recipe in parsed if isinstance(recipe, Recipe)]
+        entries = list(_sequence("stages", data.get("stages", ())))
         if "mixed" in data:
-            parsed.append(_parse_stage_entry({"method": Mixed.method, **_mapping("mixed", data["mixed"])}))
-        stages = [stage for entry in parsed for stage in (entry.stages if isinstance(entry, Recipe) else (entry,))]
-        head = "int8" if any(recipe.lm_head == "int8" for recipe in inner) else "keep"
+            entries.append({"method": Mixed.method, **_mapping("mixed", data["mixed"])})
+        parsed = [
+            _read_text(entry) if isinstance(entry, str) else ([_read_mapping(entry)], "keep") for entry in entries
+        ]
+        stages = [stage for part, _ in parsed for stage in part]
+        head = "int8" if any(head == "int8" for _, head in parsed) else "keep"
         overrides = _overrides(data.get("overrides", {}))
         return cls(
             stages=_with_dtype(stages),
@@ -151,9 +153,15 @@ _Build = Callable[[re.Match[str], dict[str, Any]], Stage]
 
 
 def _parse_text(text: str) -> Recipe:
+    stages, head = _read_text(text)
+    return Recipe(stages=_with_dtype(stages), lm_head=head)
+
+
+def _read_text(text: str) -> tuple[list[Stage], LmHead]:
+    """The stages that the text names, and no others."""
     parts = [part.strip() for part in text.strip().lower().split("+")]
     head: LmHead = "int8" if "head8" in parts else "keep"
-    return Recipe(stages=_with_dtype([_parse_stage(part) for part in parts if part != "head8"]), lm_head=head)
+    return [_parse_stage(part) for part in parts if part != "head8"], head
 
 
 def _with_dtype(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -164,9 +172,7 @@ def _with_dtype(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return (*(dense or [Dense()]), *(stage for stage in stages if not isinstance(stage, Dense)))
 
 
-def _parse_stage_entry(entry: Any) -> Stage | Recipe:
-    if isinstance(entry, str):
-        return _parse_text(entry)
+def _read_mapping(entry: Any) -> Stage:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"recipe: a stage is a name or a mapping, not {type(entry).__name__}")
     by_method = {cls.method: cls for cls in _STAGES}

@@ -113,8 +113,8 @@ def test_a_cut_model_and_skipped_layers_are_exported_as_they_are(
     assert all(rule.startswith("-:^model") for rule in config["quantization_config"]["dynamic"])
     found = load(str(tmp_path / "out"), Recipe.parse("bf16"))
     assert_near(found, load(str(tiny), recipe, calibration=calibration))
+    mixed = Recipe.parse({"stages": ["rtn4"], "overrides": {"*.0.*": "rtn8"}})
     with pytest.raises(RecipeError, match="overrides"):
-        mixed = Recipe.parse({"stages": ["rtn4"], "overrides": {"*.0.*": "rtn8"}})
         compress_to(str(tiny), mixed, tmp_path / "mixed", format="gptq")
 
 

@@ -117,3 +117,10 @@ def test_any_text_parses_or_raises_a_recipe_error(text: str) -> None:
 def test_reading_a_recipe_loads_no_torch() -> None:
     code = "import sys, serve.compression.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_list_of_names_is_the_names_joined() -> None:
+    assert Recipe.parse(["structured50", "wanda50", "gptq4-g32"]) == Recipe.parse("structured50+wanda50+gptq4-g32")
+    assert Recipe.parse(["fp32", "rtn4+head8"]) == Recipe.parse("fp32+rtn4+head8")
+    with pytest.raises(RecipeError, match="two floating types"):
+        Recipe.parse(["fp32", "bf16"])
