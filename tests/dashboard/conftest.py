@@ -49,7 +49,8 @@ class Server:
 def serving(settings: ApiSettings) -> Iterator[Server]:
     """On a free port, in a thread of its own."""
     stage = Stage()
-    server = uvicorn.Server(uvicorn.Config(create_app(stage, settings), log_level="critical", lifespan="off"))
+    app = create_app(stage, settings, stage.rollouts)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listener]),))

@@ -18,6 +18,7 @@ from serve.errors import ConfigError, UnknownModel, VariantUnavailable
 from serve.generation import Delta, Disclosure, Event, GenerationRequest, Prompt, PromptDelta, Tokenized, TokenLogprob
 from serve.metrics import Ledger, Recorder, VariantLabels
 from serve.rollout import kl_guard_nats
+from tests.dashboard.staged_rollouts import StagedRollouts
 
 MODEL = "storyteller"
 STORY = [
@@ -68,6 +69,7 @@ class Stage:
     """Implements `serve.api.Backend`. Everything runs on the server's loop; tests write to it between requests."""
 
     def __init__(self) -> None:
+        self.rollouts = StagedRollouts()
         self.reset()
 
     def reset(self) -> None:
@@ -75,6 +77,7 @@ class Stage:
         turns calls away."""
         self.variants_ = {variant.name: variant for variant in default_variants()}
         self.recorder = Recorder()
+        self.rollouts.reset()
         self.calls: list[Call] = []
         self.dealt: list[dict[str, float]] = []
         self.refusing: str | None = None

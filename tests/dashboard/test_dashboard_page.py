@@ -31,7 +31,7 @@ def test_it_loads_without_a_word_on_the_console(server: Server, page: Page) -> N
         server.stage.answered(name, 10)
     open_page(page, server)
     expect(page.locator("#status")).to_contain_text("3 of 4 variants ready")
-    for title in ("Traffic", "Variants", "Which precision", "Loupe", "Over time", "Latency", "Memory"):
+    for title in ("Traffic", "Variants", "Which precision", "Loupe", "Rollouts", "Over time", "Latency", "Memory"):
         expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
     expect(page).to_have_title("storyteller · Halftone")
 
@@ -127,6 +127,21 @@ def test_drift_appears_once_it_is_measured(server: Server, page: Page) -> None:
     expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_visible()
 
 
+def test_drift_is_held_against_its_guard_and_says_when_there_is_no_data(server: Server, page: Page) -> None:
+    server.stage.answered("nf4", 30)
+    server.stage.drifted("nf4", tokens=100, kl_nats=0.05, agreeing=80)
+    server.stage.drifted("int8", tokens=100, kl_nats=0.05, agreeing=80)
+    open_page(page, server)
+    row = {name: page.locator("#drift tbody tr").filter(has_text=name) for name in ("int8", "nf4")}
+    expect(row["nf4"]).to_contain_text("within 0.092")
+    expect(row["int8"]).to_contain_text("beyond 0.005")
+    page.get_by_label("Over the last").select_option("60")
+    for _ in range(16):  # the page lives long enough to trust its window, and nothing is scored in it
+        server.stage.answered("nf4")
+        page.wait_for_timeout(1000)
+    expect(row["nf4"]).to_contain_text("no data")
+
+
 # -- the split -------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +186,52 @@ def test_the_split_can_be_changed_by_keyboard_alone(server: Server, page: Page) 
     page.keyboard.press("Enter")
     expect(page.locator("#traffic")).to_contain_text("In force: bf16 70 %")
     assert server.stage.dealt[-1]["bf16"] == 70
+
+
+# -- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_begun_paused_resumed_and_aborted(server: Server, page: Page) -> None:
+    open_page(page, server)
+    panel, rollouts = page.locator("#rollouts"), server.stage.rollouts
+    page.get_by_label("Canary").select_option("int8")
+    page.get_by_label("Steps, percent").fill("5, 50")
+    page.get_by_role("button", name="What would it need?").click()
+    expect(panel).to_contain_text("about 5,690 requests")
+    page.get_by_role("button", name="Start").click()
+    expect(panel).to_contain_text("r1: bf16 → int8")
+    expect(panel).to_contain_text("1 of 2 (5 %, 50 %)")
+    expect(panel.get_by_role("row", name="itl within its margin")).to_contain_text("between -3.00 % and +5.00 %")
+    expect(page.get_by_role("button", name="Start")).to_be_disabled()
+    expect(page.get_by_role("button", name="Promote")).to_be_disabled()
+    page.get_by_role("button", name="Pause").click()
+    expect(panel).to_contain_text("r1 is holding.")
+    page.get_by_role("button", name="Resume").click()
+    expect(panel).to_contain_text("r1 is progressing.")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Abort").click()
+    expect(panel).to_contain_text("int8 was aborted by dashboard")
+    expect(page.get_by_role("button", name="Pause")).to_be_disabled()
+    assert rollouts.orders == ["pause", "resume", "abort"]
+    assert [body["steps"] for body in rollouts.bodies] == [[{"weight": 5}, {"weight": 50}]] * 2
+
+
+def test_a_canary_that_waits_is_promoted_only_by_who_says_yes(server: Server, page: Page) -> None:
+    open_page(page, server)
+    page.get_by_label("ask me before it is promoted").check()
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("#rollouts")).to_contain_text("r1: bf16 → int8")
+    rollouts = server.stage.rollouts
+    assert rollouts.bodies[0]["steps"][-1] == {"weight": 50, "gate": "approval"}
+    rollouts.begun[0]["phase"] = "awaiting_approval"
+    expect(page.get_by_role("button", name="Promote")).to_be_enabled()
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Promote").click()
+    assert rollouts.orders == []
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Promote").click()
+    expect(page.locator("#rollouts")).to_contain_text("r1 is promoting.")
+    assert rollouts.orders == ["promote"]
 
 
 # -- the loupe -------------------------------------------------------------------------------------------------------

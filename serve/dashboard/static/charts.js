@@ -80,11 +80,15 @@ class Figure {
   }
 }
 
-/** Lines over time, one per variant. `data`: seconds since the epoch, then a column per variant (null is a gap). */
+/**
+ * Lines over time, one per variant. `data`: seconds since the epoch, then a column per variant (null is a gap).
+ * `limitOf(variant)` is drawn as a level line in the variant's colour; NaN is none.
+ */
 export class TimeChart extends Figure {
-  constructor({ format, whole = false, ...rest }) {
+  constructor({ format, whole = false, limitOf = () => NaN, ...rest }) {
     super(rest);
     this.format = format;
+    this.limitOf = limitOf;
     this.steps = whole ? { incrs: STEPS } : {};
   }
 
@@ -92,11 +96,19 @@ export class TimeChart extends Figure {
     return {
       cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 6 } },
       padding: [6, labelWidth(variants), 0, 0],
-      scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - SHORTEST_S), high] }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+      scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - SHORTEST_S), high] }, y: { range: (_, low, high) => [0, this.#top(variants, high)] } },
       axes: [axis((seconds) => clock(seconds * 1000), { space: 70, size: 24 }), axis(this.format, { size: 58, space: 28, ...this.steps })],
       series: [{}, ...variants.map((variant) => line(variant))],
-      hooks: { draw: [(plot) => nameEnds(plot, variants)], setCursor: [(plot) => this.#read(plot, variants)] },
+      hooks: {
+        draw: [(plot) => nameEnds(plot, variants), (plot) => drawLimits(plot, variants, this.limitOf)],
+        setCursor: [(plot) => this.#read(plot, variants)],
+      },
     };
+  }
+
+  #top(variants, high) {
+    const top = Math.max(high ?? 0, ...variants.map(this.limitOf).filter(Number.isFinite));
+    return top > 0 ? top * 1.1 : 1;
   }
 
   #read(plot, variants) {
@@ -214,6 +226,22 @@ function nameEnds(plot, variants) {
   const overflow = (labels.at(-1)?.y ?? 0) - (plot.bbox.top + plot.bbox.height);
   for (const label of labels) {
     write(plot, `${markOf(label.variant)} ${label.variant.name}`, label.x + 6 * ratio, label.y - Math.max(0, overflow), label);
+  }
+}
+
+function drawLimits(plot, variants, limitOf) {
+  const { ctx, bbox } = plot;
+  for (const variant of variants.filter((candidate) => Number.isFinite(limitOf(candidate)))) {
+    const y = plot.valToPos(limitOf(variant), "y", true);
+    ctx.save();
+    ctx.strokeStyle = colorOf(variant);
+    ctx.lineWidth = globalThis.devicePixelRatio;
+    ctx.setLineDash([1, 4].map((length) => length * globalThis.devicePixelRatio));
+    ctx.beginPath();
+    ctx.moveTo(bbox.left, y);
+    ctx.lineTo(bbox.left + bbox.width, y);
+    ctx.stroke();
+    ctx.restore();
   }
 }
 

@@ -77,6 +77,5 @@ function driftBetween(later, earlier) {
     tokens: tokens || observations(histogram),
     meanNats: mean(histogram),
     agreement: delta("driftAgreements") / tokens,
-    samples: delta("driftSamples"),
   };
 }

@@ -5,6 +5,7 @@ import { readSnapshot } from "./snapshot.js";
 
 const PERIOD_MS = 1000;
 const LONGEST_MS = 15000;
+const ADMIN = ["admin/variants", "admin/traffic", "admin/rollouts"];
 
 /**
  * Calls `onSnapshot(snapshot, refusal)`, where `refusal` is why the admin routes are closed to us, or null; and
@@ -15,6 +16,7 @@ export class Poller {
   #failures = 0;
   #looking = false;
   #refusal = null;
+  #newest = null;
   #onSnapshot;
   #onError;
 
@@ -65,12 +67,20 @@ export class Poller {
   async #admin() {
     if (this.#refusal) return null;
     try {
-      const [variants, traffic] = await Promise.all([getJson("admin/variants"), getJson("admin/traffic")]);
-      return { variants: variants.variants, traffic };
+      const [variants, traffic, rollouts] = await Promise.all(ADMIN.map(getJson));
+      return { variants: variants.variants, traffic, rollouts: await this.#withNewest(rollouts) };
     } catch (error) {
       if (!(error instanceof ServerError && (error.status === 401 || error.status === 403))) throw error;
       this.#refusal = error;
       return null;
     }
+  }
+
+  /** The rollout that runs, or ran last, in detail. One that has ended is asked for once. */
+  async #withNewest(list) {
+    const newest = list.rollouts.find((rollout) => rollout.id === list.active) ?? list.rollouts[0] ?? null;
+    const known = this.#newest?.id === newest?.id && this.#newest?.phase === newest?.phase && newest?.ended;
+    if (!known) this.#newest = newest && (await getJson(`admin/rollouts/${newest.id}`));
+    return { list, shown: this.#newest };
   }
 }

@@ -20,9 +20,9 @@ const NUMBERS = {
   compressionRatio: "compression_ratio",
   peakLoadBytes: "memory_peak_load_bytes",
   servingShare: "traffic_weight_ratio",
+  driftGuard: "drift_kl_divergence_guard_nats",
   driftTokens: "drift_tokens_total",
   driftAgreements: "drift_top1_agreements_total",
-  driftSamples: "drift_samples_total",
   preemptions: "num_preemptions_total",
 };
 const BY_LABEL = {
@@ -33,7 +33,8 @@ const BY_LABEL = {
 };
 
 /**
- * `models`: the list of /v1/models. `admin`: {variants, traffic} of the admin routes, or null where they are closed.
+ * `models`: the list of /v1/models. `admin`: {variants, traffic, rollouts} of the admin routes, or null where they are
+ * closed.
  * `atMs` is this page's own clock.
  */
 export function readSnapshot(metricsText, models, admin, atMs) {
@@ -45,6 +46,7 @@ export function readSnapshot(metricsText, models, admin, atMs) {
     atMs,
     model: models.find((card) => !card.variant)?.id ?? "",
     traffic: admin?.traffic ?? null,
+    rollouts: admin?.rollouts ?? null,
     variants: cards.map((card, index) => ({
       index,
       ...identity(card, details.get(card.variant)),

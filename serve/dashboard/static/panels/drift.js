@@ -10,6 +10,7 @@ import { panel } from "./panel.js";
 
 const COLUMNS = [
   ["KL mean, nats", (d) => number(d.meanNats, 3)],
+  ["Guard", (d, guard) => against(d.meanNats, guard)],
   ["p50", (d) => number(quantile(d.histogram, 0.5), 2)],
   ["p99", (d) => number(quantile(d.histogram, 0.99), 2)],
   ["Same first choice", (d) => percent(d.agreement)],
@@ -17,7 +18,12 @@ const COLUMNS = [
 ];
 
 export function driftPanel() {
-  const chart = new TimeChart({ title: "KL, nats per token", note: "over the last minute", format: (v) => number(v, 2) });
+  const chart = new TimeChart({
+    title: "KL, nats per token",
+    note: "over the last minute; dotted: its guard",
+    format: (v) => number(v, 2),
+    limitOf: (variant) => variant.driftGuard,
+  });
   const recorder = new Recorder(60, (stats) => stats.drift.meanNats);
   const titles = ["Variant", ...COLUMNS.map(([title]) => title)].map((title) => el("th", { scope: "col" }, title));
   const body = el("tbody");
@@ -45,5 +51,13 @@ function makeRow(variant) {
 }
 
 function updateRow(row, variant) {
-  COLUMNS.forEach(([, say], index) => setText(row.children[index + 1], say(variant.stats.drift)));
+  const { driftGuard: guard, stats } = variant;
+  COLUMNS.forEach(([, say], index) => setText(row.children[index + 1], say(stats.drift, guard)));
+  row.classList.toggle("beyond", stats.drift.meanNats > guard);
+}
+
+function against(meanNats, guard) {
+  if (!Number.isFinite(meanNats)) return "no data";
+  if (!(guard > 0)) return "none";
+  return `${meanNats > guard ? "beyond" : "within"} ${number(guard, 2)}`;
 }

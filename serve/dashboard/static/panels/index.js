@@ -5,6 +5,7 @@ import { distributionPanel } from "./distributions.js";
 import { driftPanel } from "./drift.js";
 import { loupePanel } from "./loupe.js";
 import { memoryPanel } from "./memory.js";
+import { rolloutPanel } from "./rollouts.js";
 import { timelinePanel } from "./timeline.js";
 import { trafficPanel } from "./traffic.js";
 import { variantsPanel } from "./variants.js";
@@ -14,6 +15,7 @@ export const PANELS = [
   variantsPanel,
   choicePanel,
   driftPanel,
+  rolloutPanel,
   loupePanel,
   timelinePanel,
   distributionPanel,

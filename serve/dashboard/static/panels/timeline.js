@@ -2,7 +2,7 @@
 
 import { TimeChart } from "../charts.js";
 import { el } from "../dom.js";
-import { count, duration, number } from "../format.js";
+import { count, duration, number, percent } from "../format.js";
 import { quantile } from "../prometheus.js";
 import { Recorder } from "../recorder.js";
 import { panel } from "./panel.js";
@@ -13,6 +13,7 @@ const LONG_S = 30;
 const LINES = [
   ["Tokens per second", "", number, SHORT_S, (stats) => stats.tokensPerSecond],
   ["In flight", "running and waiting", count, SHORT_S, (_, variant) => variant.running + variant.waiting],
+  ["Errors", "share of requests, over half a minute", (v) => percent(v, 2), LONG_S, (stats) => stats.errorRatio],
   ["First token, p90", "over half a minute", (v) => duration(v, 2), LONG_S, (stats) => quantile(stats.ttft, 0.9)],
   ["Next token, p90", "over half a minute", (v) => duration(v, 2), LONG_S, (stats) => quantile(stats.itl, 0.9)],
 ];

@@ -1,0 +1,187 @@
+// The rollout that runs or ran last: where it stands, what the guards say, and what the admin key may do about it.
+
+import { sendJson, ServerError } from "../client.js";
+import { el, keyed, setAttribute, setText, show } from "../dom.js";
+import { clock, count, duration, number } from "../format.js";
+import { panel } from "./panel.js";
+
+const SHOWN_LINES = 8;
+const RESULTS = { pass: "within its margin", fail: "worse", inconclusive: "not decided yet", no_data: "no data" };
+
+/** Order, text, when it means something, and what to ask before it is sent. */
+const ORDERS = [
+  ["pause", "Pause", (r) => !r.ended && !r.paused, null],
+  ["resume", "Resume", (r) => !r.ended && r.paused, null],
+  ["promote", "Promote", (r) => r.phase === "awaiting_approval", (r) => `Go on with ${r.canary} after step ${r.step + 1} of ${r.steps}?`],
+  ["abort", "Abort", (r) => !r.ended, (r) => `Abort, and send everybody back to ${r.stable}?`],
+];
+
+export function rolloutPanel({ look, askKey }) {
+  const rollouts = new Rollouts(look, askKey);
+  const lead = "A canary gets more traffic step by step while every guard holds, and none as soon as one does not.";
+  const available = (view) => view.snapshot.rollouts !== null;
+  return panel({ id: "rollouts", title: "Rollouts", lead, available, update: (view) => rollouts.update(view) }, rollouts.node);
+}
+
+class Rollouts {
+  #look;
+  #askKey;
+  #shown = null;
+  #head = el("p", { class: "verdict" });
+  #facts = el("dl", { class: "facts totals" });
+  #orders = ORDERS.map(([order, text, , question]) => el("button", { type: "button", onclick: () => this.#order(order, question) }, text));
+  #said = el("p", { class: "hint", role: "status" });
+  #guards = el("tbody");
+  #table = tableOf("What the guards say", ["Guard", "Result", "Evidence"], this.#guards);
+  #lines = el("ol", { class: "lines" });
+  #current = el(
+    "div",
+    {},
+    this.#head,
+    this.#facts,
+    el("div", { class: "buttons" }, this.#orders),
+    el("div", { class: "wide" }, this.#table),
+    el("h3", {}, "What happened"),
+    this.#lines,
+  );
+  #starter = new Starter((body) => this.#start(body));
+  #past = el("tbody");
+  #history = tableOf("Earlier rollouts", ["Rollout", "From, to", "Ended as", "Lasted"], this.#past);
+  node = el(
+    "div",
+    { class: "split" },
+    el("div", {}, this.#current, this.#said),
+    el("div", { class: "editor" }, this.#starter.node, el("div", { class: "wide" }, this.#history)),
+  );
+
+  constructor(look, askKey) {
+    this.#look = look;
+    this.#askKey = askKey;
+  }
+
+  update(view) {
+    const { list, shown } = view.snapshot.rollouts;
+    this.#shown = shown;
+    show(this.#current, shown !== null);
+    if (shown) this.#tell(shown);
+    this.#starter.update(view, list.active !== null);
+    const past = list.rollouts.filter((rollout) => rollout.id !== shown?.id).slice(0, 5);
+    show(this.#history, past.length > 0);
+    keyed(this.#past, past, (r) => r.id, () => rowOf(4), (row, r) => {
+      fill(row, [[r.id], [`${r.stable} → ${r.canary}`], [r.phase.replaceAll("_", " "), r.sentence], [duration(r.lasted_s, 2)]]);
+    });
+  }
+
+  #tell(rollout) {
+    const { plan, verdict } = rollout;
+    setText(this.#head, rollout.sentence);
+    const step = rollout.step < 0 ? "shadow" : `${rollout.step + 1} of ${rollout.steps} (${plan.steps.map((s) => `${number(s.weight)} %`).join(", ")})`;
+    const facts = [
+      ["rollout", `${rollout.id}: ${rollout.stable} → ${rollout.canary}`],
+      ["phase", rollout.phase.replaceAll("_", " ")],
+      ["step", step],
+      ["canary gets", `${number(rollout.weight)} %`],
+      ["requests judged", `${count(rollout.n_step.canary)} and ${count(rollout.n_step.stable)}`],
+    ];
+    const make = ([name]) => el("div", {}, el("dt", {}, name), el("dd"));
+    keyed(this.#facts, facts, ([name]) => name, make, (node, [, value]) => setText(node.children[1], value));
+    ORDERS.forEach(([, , means], index) => {
+      this.#orders[index].disabled = !means(rollout);
+    });
+    const findings = verdict?.findings ?? [];
+    show(this.#table, findings.length > 0);
+    keyed(this.#guards, findings, (f) => f.guard, () => rowOf(3), (row, f) => {
+      fill(row, [[f.guard.replaceAll("_", " ")], [RESULTS[f.result]], ["", f.sentence]]);
+      row.className = f.result;
+    });
+    const lines = rollout.lines.slice(-SHOWN_LINES);
+    keyed(this.#lines, lines, (line) => `${line.at_s} ${line.kind} ${line.sentence}`, () => el("li", {}, el("time"), el("span")), (node, line) => {
+      setText(node.children[0], clock(line.at_s * 1000));
+      setText(node.children[1], ` ${line.sentence}`);
+    });
+  }
+
+  async #order(order, question) {
+    if (question && !confirm(question(this.#shown))) return;
+    await this.#ask(`admin/rollouts/${this.#shown.id}/${order}`, { by: "dashboard" }, (r) => `${r.id} is ${r.phase.replaceAll("_", " ")}.`);
+  }
+
+  async #start(body) {
+    const told = (answer) => (body.dry_run ? answer.needs.sentence : `${answer.id} has begun: ${answer.sentence}`);
+    await this.#ask("admin/rollouts", { ...body, by: "dashboard" }, told);
+  }
+
+  async #ask(path, body, told) {
+    try {
+      setText(this.#said, told(await sendJson("POST", path, body)));
+      this.#look();
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      setText(this.#said, `Not done: ${error.message}`);
+      if (error.status === 401) this.#askKey(error.message);
+    }
+  }
+}
+
+/** Which variant, by which steps; the server's default plan says the rest. */
+class Starter {
+  #canary = el("select", { name: "to" });
+  #steps = el("input", { name: "steps", value: "5, 25, 50", size: 12, inputmode: "numeric", autocomplete: "off" });
+  #gate = el("input", { type: "checkbox", name: "gate" });
+  #begin = el("button", { type: "submit", class: "primary" }, "Start");
+  #preview = el("button", { type: "button" }, "What would it need?");
+  #form = el(
+    "form",
+    { class: "starter", "aria-label": "Start a rollout" },
+    el(
+      "div",
+      { class: "options" },
+      el("label", {}, "Canary ", this.#canary),
+      el("label", {}, "Steps, percent ", this.#steps),
+      el("label", {}, this.#gate, " ask me before it is promoted"),
+    ),
+    el("div", { class: "buttons" }, this.#preview, this.#begin),
+  );
+  node = el("div", {}, el("h3", {}, "Start a rollout"), this.#form);
+
+  constructor(send) {
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      void send(this.#body(false));
+    });
+    this.#preview.addEventListener("click", () => void send(this.#body(true)));
+  }
+
+  update({ variants, snapshot }, running) {
+    const able = variants.filter((v) => v.state === "ready" && v.name !== snapshot.traffic.stable);
+    keyed(this.#canary, able, (v) => v.name, (v) => el("option", { value: v.name }, v.name), () => {});
+    this.#begin.disabled = running || able.length === 0;
+    this.#preview.disabled = able.length === 0;
+    setAttribute(this.#begin, "title", running ? "One at a time: the one that runs must end first" : null);
+  }
+
+  #body(dryRun) {
+    const weights = this.#steps.value.split(/[,;\s]+/).filter(Boolean).map(Number);
+    const steps = weights.map((weight, index) => {
+      return this.#gate.checked && index === weights.length - 1 ? { weight, gate: "approval" } : { weight };
+    });
+    return { to: this.#canary.value, steps, dry_run: dryRun };
+  }
+}
+
+function tableOf(caption, titles, body) {
+  const head = el("tr", {}, titles.map((title) => el("th", { scope: "col" }, title)));
+  return el("table", { class: "choice told" }, el("caption", {}, caption), el("thead", {}, head), body);
+}
+
+function rowOf(cells) {
+  const parts = () => [el("span", { class: "main" }), el("span", { class: "second" })];
+  return el("tr", {}, el("th", { scope: "row" }, parts()), Array.from({ length: cells - 1 }, () => el("td", {}, parts())));
+}
+
+function fill(row, texts) {
+  texts.forEach(([main, second = ""], index) => {
+    setText(row.children[index].children[0], main);
+    setText(row.children[index].children[1], second);
+  });
+}
