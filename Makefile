@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 EXTRAS ?=
+PEERS ?= .peers
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help install install-dev serve check format test test-fast clean
+.PHONY: help install install-dev peers serve check format test test-fast clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +33,15 @@ install-dev: $(VENV)/.dev  ## Install what developing needs
 
 serve: install  ## Serve the embedded model on 127.0.0.1:8000 (CONFIG=FILE, ARGS="--port 9000")
 	@exec $(BIN)/halftone serve $(CONFIG) $(ARGS)
+
+# Each peer has an environment of its own, outside our lock. llama.cpp is compiled for this processor (10 minutes).
+$(PEERS)/%/.installed: loadtest/engine/peers/requirements/%.txt
+	@echo "Setting up $(@D)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@CMAKE_ARGS=-DGGML_NATIVE=ON $(@D)/bin/python -m pip --disable-pip-version-check --quiet install $(if $(filter vllm,$*),--no-deps) --requirement $<
+	@touch $@
+
+peers: $(foreach peer,llama.cpp vllm guidellm,$(PEERS)/$(peer)/.installed)  ## Install what `loadtest engine --peers` compares with
 
 check: install-dev  ## Format, lint, types and import rules
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from loadtest.results import Json
 ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = "loadtest.engine.peers"
 OURS = "halftone"
+DETAIL_LENGTH = 500
 CALIBRATION_SAMPLES = 8  # random weights have no quality to keep, and speed does not depend on it
 
 
@@ -94,13 +96,14 @@ class Peer:
 
     def __init__(self, contestant: Contestant, order: Order, place: Place) -> None:
         self._name = contestant.name
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         model = place.gguf(contestant.precision) if contestant.gguf else place.model
         arguments = ["-m", contestant.module, replace(order, model=str(model), precision=contestant.precision).dump()]
         self._process = subprocess.Popen(
             [place.python(contestant), "-W", "ignore", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if not os.environ.get("LOADTEST_DEBUG") else None,
+            stderr=self._said,
             text=True,
             env=_environment(place, contestant, order.threads),
         )
@@ -133,7 +136,9 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"{self._name} ended with exit code {code}; LOADTEST_DEBUG=1 shows what it says")
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise WorkerError(f"{self._name} ended with exit code {code}: {''.join(said)[:DETAIL_LENGTH]}")
         return dict(json.loads(line))
 
     def close(self) -> None:
@@ -144,6 +149,7 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._said.close()
 
 
 class Ours:
@@ -196,7 +202,7 @@ class Ours:
         command = [*_halftone(), "bench", str(self._source), *words, "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise WorkerError(f"halftone bench --recipe {self._recipe}: {done.stderr.strip()[-500:]}")
+            raise WorkerError(f"halftone bench --recipe {self._recipe}: {done.stderr.strip()[-DETAIL_LENGTH:]}")
         return dict(json.loads(done.stdout)["rows"][0])
 
     def close(self) -> None:
@@ -218,7 +224,7 @@ def prepare(contestant: Contestant, order: Order, place: Place) -> None:
         environment = _environment(place, contestant, order.threads)
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise WorkerError(f"{contestant.name}: {done.stderr.strip()[-500:]}")
+            raise WorkerError(f"{contestant.name}: {done.stderr.strip()[-DETAIL_LENGTH:]}")
 
 
 def _halftone() -> list[str]:

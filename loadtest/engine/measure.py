@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from loadtest.engine.bench_model import Shape
 from loadtest.engine.contestants import CONTESTANTS, OURS, Contestant, Place, Running, start
 from loadtest.engine.session import Order
-from loadtest.errors import WorkerError
+from loadtest.errors import InputError, WorkerError
 from loadtest.results import Json
 
 Job = tuple[str, int]
@@ -94,7 +94,7 @@ class _noting:  # noqa: N801 - reads as a verb
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, WorkerError | OSError):
+        if isinstance(error, WorkerError | InputError | OSError):
             self._found.failures[self._name] = str(error)
             self._failed = True
         return self._failed

@@ -71,12 +71,22 @@ def _dynamic_int8(path: str) -> tuple[Any, int]:
 
 
 def _nf4(path: str) -> tuple[Any, int]:
-    """bitsandbytes leaves the head in bf16."""
-    settings: Any = transformers.BitsAndBytesConfig
-    nf4 = settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    model = _read(path, dtype=torch.bfloat16, quantization_config=nf4, device_map="cpu")
-    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
-    return model, _dense_bytes(model) + sum(state.absmax.nbytes for state in states if state is not None)
+    """As transformers' own loader does it, which wants accelerate only to place layers: every linear but the head."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    linear4bit: Any = Linear4bit  # they are not typed
+    params4bit: Any = Params4bit
+    model = _read(path, dtype=torch.bfloat16)
+    total = _dense_bytes(model)
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            layer = linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            layer.weight = params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4").to("cpu")
+            model.model.set_submodule(name, layer)
+            total += layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes - linear.weight.nbytes
+    return model, total
 
 
 def _read(path: str, **options: Any) -> Any:
