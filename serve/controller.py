@@ -115,6 +115,10 @@ class Controller:
         revisions = [seen.revision for seen in self._ingresses.values()]
         return Scene({state.name: state for state in self.view().variants}, min(revisions, default=-1))
 
+    def load_report(self, variant: str) -> Mapping[str, Any] | None:
+        """What the variant's last load said of itself, if a replica has told."""
+        return self._reports.get(variant)
+
     def on_death(self, told: Callable[[str], None]) -> None:
         """From now on `told(variant)` is called for every replica that dies."""
         self._told_of_death.append(told)

@@ -55,6 +55,10 @@ class House(Protocol):
         """Put a split in force, if it is newer than the one that is."""
         ...
 
+    def load_report(self, variant: str) -> Mapping[str, Any] | None:
+        """What the variant's last load said of itself, if a replica has told."""
+        ...
+
     def on_death(self, told: Callable[[str], None]) -> None:
         """Call `told(variant)` for every replica that died."""
         ...
@@ -224,7 +228,8 @@ class Progression:
         variants = {variant.name: variant for variant in self._config.variants}
         if proposal.to not in variants:
             raise ConfigError("rollout.to", f"unknown variant {proposal.to!r}; allowed: {', '.join(variants)}")
-        return proposal.plan(self._house.split.stable, variants[proposal.to].precision)
+        measured = (self._house.load_report(proposal.to) or {}).get("quality")
+        return proposal.plan(self._house.split.stable, variants[proposal.to].precision, measured)
 
     # On the office's thread
 

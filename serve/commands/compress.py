@@ -130,7 +130,8 @@ def _table(report: LoadReport, name: str) -> Table:
         ("bits per weight", f"{report.bits_per_weight:.3f} (decoder layers, scales counted)"),
         ("times smaller", ratios),
         ("seconds", ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items())),
-        ("peak memory", f"{size(report.peak_load_bytes)} above what the program itself takes"),
+        ("peak memory", f"{size(report.peak_load_bytes)} above what the program itself takes; of calibration "
+                        f"{size(report.activation_bytes)} activations, {size(report.hessian_bytes)} Hessians"),
         ("multiplied by", ", ".join(f"{kernel}: {count} layers" for kernel, count in report.kernels.items())),
         ("artifact", "was there already" if report.artifact_hit else "made now"),
     ):  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -23,12 +24,17 @@ def account(
     mapped: frozenset[int] = frozenset(),
     artifact_hit: bool = False,
     calibration_tokens: int = 0,
+    activation_bytes: int = 0,
+    hessian_bytes: int = 0,
+    original_parameters: int | None = None,
+    quality: Mapping[str, Any] | None = None,
     unused_keys: tuple[str, ...] = (),
 ) -> LoadReport:
     """Add up a model that has been filled. `mapped` holds the addresses of tensors that lie in a file."""
     model, recipe = skeleton.model, plan.recipe
     projections = {name: model.get_submodule(name) for name in skeleton.projections}
     found = measure(model, projections)
+    original = original_parameters or found.parameters
     kernels: dict[str, int] = {}
     for module in projections.values():
         path = module.kernel if isinstance(module, CompressedLinear) else f"dense {recipe.dtype}"
@@ -43,8 +49,8 @@ def account(
         parameters=found.parameters,
         bits_per_weight=found.bits_per_weight,
         bits_per_parameter=8 * found.total_bytes / found.parameters,
-        compression_ratio=2 * found.parameters / found.total_bytes,
-        compression_ratio_fp32=4 * found.parameters / found.total_bytes,
+        compression_ratio=2 * original / found.total_bytes,
+        compression_ratio_fp32=4 * original / found.total_bytes,
         seconds=dict(seconds),
         peak_load_bytes=peak_bytes,
         kernels=kernels,
@@ -52,6 +58,10 @@ def account(
         mapped_bytes=_mapped_bytes(skeleton, mapped),
         artifact_hit=artifact_hit,
         calibration_tokens=calibration_tokens,
+        activation_bytes=activation_bytes,
+        hessian_bytes=hessian_bytes,
+        original_parameters=original,
+        quality=dict(quality or {}),
         uncovered=_uncovered(skeleton) if recipe.quantizer else {},
         unused_keys=unused_keys,
     )

@@ -24,7 +24,8 @@ from serve.errors import CalibrationError
 
 __all__ = ["BlockActivations", "InputMeter"]
 
-_BATCH_TOKENS = 4096  # samples of equal length run together up to this
+_BATCH_TOKENS = 2048  # samples of equal length run together up to this
+_FACTORING = 6  # what factorizing a Gram matrix takes beside it, in float64, as multiples of its own bytes
 _PANEL = 512  # columns of the Gram matrix computed at a time, and only on one side of its diagonal
 
 
@@ -33,7 +34,12 @@ class _Reached(Exception):
 
 
 class BlockActivations(Activations):
-    """`samples` are token ids, each within the model's context. Their hidden states live on `device`."""
+    """`samples` are token ids, each within the model's context. Their hidden states live on `device`.
+
+    `activation_bytes`: the most that the text took at once: the hidden states of all samples, outputs that are kept,
+    and what one batch leaves on its way through a block. `hessian_bytes`: the most that Gram matrices took, with what
+    factorizing the largest takes.
+    """
 
     def __init__(self, skeleton: Skeleton, samples: Sequence[Sequence[int]], device: torch.device) -> None:
         if not any(len(sample) for sample in samples):
@@ -43,6 +49,8 @@ class BlockActivations(Activations):
         self._states: list[Tensor] | None = None  # None: in front of the first block
         self._finished: dict[str, dict[int, Any]] = {}  # outputs of the block's compressed children, batch by batch
         self._returns_tuple = False
+        self._batch_bytes = 0
+        self.activation_bytes = self.hessian_bytes = 0
 
     @property
     def tokens(self) -> int:
@@ -61,7 +69,7 @@ class BlockActivations(Activations):
             inputs.append(x)
             found.setdefault(id(x), []).append(name)
 
-        with self._watched(names, note):
+        with self._watched(names, note), self._weighed(block):
             self._run(block, 0)
         reached = {name for group in found.values() for name in group}
         return [*found.values(), *([name] for name in names if name not in reached)]
@@ -81,6 +89,12 @@ class BlockActivations(Activations):
             for index in range(len(self._batches)):
                 waiting = set(names)
                 self._run(block, index)
+        widths = [meter.width for meter in meters.values()]
+        if need >= Need.GRAM:
+            matrices = [4 * width * width for width in widths]
+            self.hessian_bytes = max(self.hessian_bytes, sum(matrices) + _FACTORING * max(matrices, default=0))
+        scratch = 2 * 4 * max(widths, default=0) * max(batch.numel() for batch in self._batches)
+        self._note_bytes(scratch)
         return {name: meter.statistics() for name, meter in meters.items() if meter.tokens}
 
     def advance(self, block: str) -> None:
@@ -103,6 +117,7 @@ class BlockActivations(Activations):
             if self._states is not None:
                 self._states[index] = states[index]  # the old ones are not needed, and take as much memory
         self._states = states
+        self._note_bytes()
         self._finished.clear()
 
     @torch.no_grad()
@@ -147,6 +162,29 @@ class BlockActivations(Activations):
         done = {name: child for name, child in block.named_children() if _is_finished(child)}
         return {child: replay(child, self._finished.setdefault(name, {})) for name, child in done.items()}
 
+    def _note_bytes(self, scratch_bytes: int = 0) -> None:
+        kept = [self._states or (), *(outputs.values() for outputs in self._finished.values())]
+        held = sum(_bytes(value) for values in kept for value in values)
+        self.activation_bytes = max(self.activation_bytes, held + self._batch_bytes + scratch_bytes)
+
+    @contextmanager
+    def _weighed(self, block: str) -> Iterator[None]:
+        """Count what a batch that runs meanwhile leaves behind each of the block's innermost modules."""
+        total = 0
+
+        def note(module: nn.Module, args: object, output: object) -> None:
+            nonlocal total
+            total += _bytes(output)
+
+        leaves = [m for m in self._skeleton.blocks[block].modules() if next(m.children(), None) is None]
+        handles = [module.register_forward_hook(note) for module in leaves]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._batch_bytes = max(self._batch_bytes, total)
+
     @contextmanager
     def _watched(self, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
         """`note` is called with the name and the input of each named projection when it runs."""
@@ -165,7 +203,7 @@ class InputMeter:
     """Adds up what one projection reads: `[..., in_features]`, tensor by tensor."""
 
     def __init__(self, in_features: int, need: Need) -> None:
-        self.tokens = 0
+        self.tokens, self.width = 0, in_features
         self._sums = torch.zeros(3, in_features)  # of |x|, of x^2, and the largest |x|
         self._gram = torch.zeros(in_features, in_features) if need >= Need.GRAM else None
 
@@ -179,8 +217,8 @@ class InputMeter:
             return
         size = x.abs()
         self._sums[0] += size.sum(0)
-        self._sums[1] += (x * x).sum(0)
         self._sums[2] = torch.maximum(self._sums[2], size.amax(0))
+        self._sums[1] += size.square_().sum(0)
         if self._gram is not None:
             for start in range(0, x.shape[1], _PANEL):
                 panel = x[:, start : start + _PANEL]
@@ -194,6 +232,13 @@ class InputMeter:
             gram += gram.triu(1).t()
         mean_abs, mean_square = self._sums[0] / self.tokens, self._sums[1] / self.tokens
         return InputStatistics(self.tokens, mean_abs, self._sums[2], mean_square, gram)
+
+
+def _bytes(value: object) -> int:
+    """Of the tensors in an output, however it is nested."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def _is_finished(child: nn.Module) -> bool:

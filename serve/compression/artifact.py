@@ -83,6 +83,11 @@ class Artifact:
             raise ArtifactError(f"{self.folder}: lacks the part {part}")
         return _read_part(self.folder, self.manifest["parts"][part])
 
+    def note_quality(self, quality: Mapping[str, Any]) -> None:
+        """Write what was measured on these very weights into the manifest, whole or not at all."""
+        self.manifest["quality"] = dict(quality)
+        _write_synced(self.folder / MANIFEST, self.manifest)
+
     def verify(self) -> None:
         """Check every part's digest; raise `ArtifactError` naming the first that is wrong."""
         for part in self.manifest["parts"].values():

@@ -72,7 +72,7 @@ class Loader:
             self.fingerprint = made_by_us.fingerprint if made_by_us else _fingerprint(self.facts)
             self.tokenizer = _tokenizer(self.source)
         self.report: LoadReport | None = None
-        self._calibration_tokens = 0
+        self._calibrated: list[BlockActivations] = []
 
     @classmethod
     @contextmanager
@@ -137,7 +137,13 @@ class Loader:
                 self._use(self._mixed(weights, sink))
             activations = self._activations(self.skeleton) if self.recipe.calibrates_layers else None
             compress(self.skeleton, weights, self.plan, activations=activations, sink=sink, progress=self.progress)
-        return self._account(calibration_tokens=self._calibration_tokens, unused_keys=weights.unused_keys)
+        return self._account(
+            calibration_tokens=self._calibrated[-1].tokens if self._calibrated else 0,
+            activation_bytes=max((text.activation_bytes for text in self._calibrated), default=0),
+            hessian_bytes=max((text.hessian_bytes for text in self._calibrated), default=0),
+            original_parameters=self._original_parameters(),
+            unused_keys=weights.unused_keys,
+        )
 
     def import_foreign(self, foreign: ForeignParts) -> LoadReport:
         """Read what another program compressed."""
@@ -156,6 +162,8 @@ class Loader:
             mapped=frozenset(reader.addresses),
             artifact_hit=True,
             calibration_tokens=saved.calibration_tokens,
+            original_parameters=saved.original_parameters,
+            quality=artifact.manifest.get("quality"),
             unused_keys=saved.unused_keys,
         )
 
@@ -197,6 +205,12 @@ class Loader:
         for stage in recipe.structures:
             config = cut_config(config, stage)
         return build(config, DTYPES[recipe.dtype])
+
+    def _original_parameters(self) -> int:
+        """Before any cut; 0 where nothing was cut."""
+        if not self.recipe.structures:
+            return 0
+        return sum(p.numel() for p in build(self.source.config, DTYPES[self.recipe.dtype]).model.parameters())
 
     def _weights(self) -> Reader:
         """The checkpoint as the empty model names its tensors; cut first, where the recipe says so."""
@@ -243,7 +257,7 @@ class Loader:
         """The calibration text in front of the first block."""
         assert self.calibration is not None
         activations = BlockActivations(skeleton, self.samples(self.calibration), self.plan.device)
-        self._calibration_tokens = activations.tokens
+        self._calibrated.append(activations)
         return activations
 
     def _hit(self, store: Store) -> bool:

@@ -1,6 +1,7 @@
 """What loading cost and what is left: exact bytes by component, bits per weight, seconds by stage.
 
-Counts the tensors that the model keeps, each once. Two ratios relate them to the same parameters in 16 and in 32 bits.
+Counts the tensors that the model keeps, each once. Two ratios relate them to the source's parameters in 16 and in 32
+bits: a model that was cut is compared with what it was cut from.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class LoadReport:
     parameters: int
     bits_per_weight: float
     bits_per_parameter: float
-    compression_ratio: float  # against 16 bits per parameter
+    compression_ratio: float  # against 16 bits per parameter of the model as it was before any cut
     compression_ratio_fp32: float
     seconds: dict[str, float]
     peak_load_bytes: int
@@ -67,6 +68,10 @@ class LoadReport:
     mapped_bytes: int = 0
     artifact_hit: bool = False
     calibration_tokens: int = 0
+    activation_bytes: int = 0  # the most that calibration text took on its way through the model
+    hessian_bytes: int = 0  # the most that Gram matrices took, with what factorizing one takes
+    original_parameters: int = 0  # before any cut
+    quality: dict[str, Any] = field(default_factory=dict)  # what `halftone evaluate` measured on these very weights
     uncovered: dict[str, str] = field(default_factory=dict)
     unused_keys: tuple[str, ...] = ()
 

@@ -48,10 +48,16 @@ class Proposal:
                 raise ConfigError(f"rollout.{key}", "is not chosen here: the stable variant is that of the traffic")
         return cls(to, changes, expected, by, dry_run)
 
-    def plan(self, stable: str, precision: str) -> tuple[Plan, str]:
-        """The plan from `stable`, and where its expected quality came from, as a sentence."""
-        if self.expected is not None:
-            expected, source = expected_of(self.expected), "the evaluation that came with the plan"
+    def plan(self, stable: str, precision: str, measured: Mapping[str, Any] | None = None) -> tuple[Plan, str]:
+        """The plan from `stable`, and where its expected quality came from, as a sentence.
+
+        `measured`: what the canary's load report says that `halftone evaluate` found on these very weights.
+        """
+        if self.expected is not None or measured:
+            expected = expected_of(self.expected or measured or {})
+            source = "the evaluation that came with the plan"
+            if self.expected is None:
+                source = "`halftone evaluate` of these very weights, which their artifact remembers"
             silent = [name for name in ("kl_divergence", "top1_agreement") if getattr(expected, name) is None]
             if silent:
                 source += f" (for {' and '.join(silent)}: what is typical of {precision})"

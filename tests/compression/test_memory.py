@@ -38,7 +38,9 @@ def save(folder: Path, hidden: int, layers: int) -> None:
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={chr(33 + n): n for n in range(90)}, merges=[]))
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,39 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save(small, 128, 2)
     save(big, 1024, 6)
     return small, big
+
+
+CALIBRATE = """
+import json, sys, torch
+from pathlib import Path
+from serve.compression.calibration import Calibration
+from serve.compression.memory import release
+from serve.compression.recipe import Recipe
+from serve.loading import load
+
+small, big, text, recipe = sys.argv[1:]
+torch.set_num_threads(1)
+text = Calibration(Path(text), num_samples=16, max_tokens=128)
+load(small, Recipe.parse(recipe), calibration=text)
+release()
+print(json.dumps(load(big, Recipe.parse(recipe), calibration=text).report.to_dict()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gptq4-g64", "sparsegpt50"])
+def test_calibrating_takes_what_the_report_states(checkpoints: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(chr(33 + (7 * n + k) % 90) for k in range(128))}) + "\n"
+                            for n in range(16)))  # fmt: skip
+    arguments = [sys.executable, "-c", CALIBRATE, *map(str, checkpoints), str(text), recipe]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    block_bytes = (3 + 9) * 1024 * 1024 * 2
+    assert report["hessian_bytes"] >= 4 * 3072 * 3072
+    assert report["activation_bytes"] >= 2 * 1024 * report["calibration_tokens"] > 0
+    stated = report["activation_bytes"] + report["hessian_bytes"]
+    assert report["peak_load_bytes"] < report["total_bytes"] + 2 * block_bytes + stated
 
 
 @pytest.mark.slow

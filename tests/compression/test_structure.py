@@ -85,7 +85,10 @@ def test_later_stages_work_on_what_is_left_and_artifacts_hold_it(
     assert not made.report.artifact_hit
     assert again.report.artifact_hit
     assert torch.equal(_logits(made), _logits(again))
-    assert made.report.parameters < sum(p.numel() for p in _load(folder, "fp32", shared).model.parameters())
+    whole = sum(p.numel() for p in _load(folder, "fp32", shared).model.parameters())
+    assert made.report.parameters < whole
+    for report in (made.report, again.report):  # against the model that was cut
+        assert report.compression_ratio_fp32 == pytest.approx(4 * whole / report.total_bytes)
 
 
 def test_an_exported_folder_is_a_source_of_the_cut_size(folder: Path, shared: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from serve.bench import Bench, Speed
 from serve.commands.evaluation_table import print_details, print_tables
+from serve.compression.artifact import Store
 from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
 from serve.errors import SetupError
@@ -20,6 +21,8 @@ from serve.evaluation import STORIES, Evaluation, Reference, Row, Setup
 from serve.evaluation.plot import check, draw
 from serve.evaluation.result import plain
 from serve.evaluation.scoring import record_reference, score
+from serve.loading import load
+from serve.rollout.proposal import expected_of
 
 SETUP = Setup("builtin:storyteller", Recipe.parse("fp32"), limit=4, device="cpu", fresh=True)
 RECIPES = ("fp32", "bf16", "int8")
@@ -214,3 +217,19 @@ def test_the_figures_are_those_of_the_field_on_a_known_model(shared: Path, tmp_p
     assert found["nf4"].kl_divergence == pytest.approx(0.0585, rel=0.15)
     assert found["gptq4-g64"].kl_divergence <= 0.0498
     assert found["gptq4-g64"].to_dict()["perplexity_ratio"] <= 1.0478
+
+
+def test_an_artifact_remembers_what_was_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFTONE_ARTIFACTS", str(tmp_path / "store"))
+    longer, recipe = replace(SETUP, fresh=False, limit=2), Recipe.parse("int8")
+    told = record_reference(silent, longer, tmp_path)
+    found = score(silent, longer, recipe, told)
+    shorter = replace(longer, limit=1)
+    (tmp_path / "shorter").mkdir()
+    score(silent, shorter, recipe, record_reference(silent, shorter, tmp_path / "shorter"))
+    loaded = load("builtin:storyteller", recipe, device="cpu", artifacts=tmp_path / "store")
+    assert loaded.report.artifact_hit
+    assert loaded.report.quality["tokens"] == told.tokens
+    assert loaded.report.quality["kl_divergence"] == found.divergence["kl_divergence"]["mean"]
+    assert expected_of(loaded.report.to_dict()["quality"]).top1_agreement == found.divergence["top1_agreement"]
+    Store(tmp_path / "store").open(loaded.fingerprint).verify()

@@ -13,11 +13,12 @@ __all__ = ["pruner", "quantizer"]
 _QUANTIZERS = {
     "awq": ("quantizers", "AwqMethod"),
     "gptq": ("quantizers", "GptqMethod"),
-    "int8": ("absmax", "Int8Method"),
+    "fp8": ("rounding", "Fp8Method"),
+    "int8": ("rounding", "Int8Method"),
     "int8-static": ("static", "Int8StaticMethod"),
-    "int8-weight": ("absmax", "Int8WeightMethod"),
-    "llm-int8": ("bitsandbytes", "LlmInt8Method"),
-    "nf4": ("bitsandbytes", "Nf4Method"),
+    "int8-weight": ("rounding", "Int8WeightMethod"),
+    "llm-int8": ("rounding", "LlmInt8Method"),
+    "nf4": ("rounding", "Nf4Method"),
     "rtn": ("quantizers", "RoundToNearestMethod"),
 }
 _PRUNERS = {
