@@ -16,8 +16,8 @@ inline bool supported() { return true; }
 
 class Product {
  public:
-  static constexpr int kGrain = 1, kRows = 12;  // 24 sums, two lines and a word of activations fit 32 registers
-  static constexpr int kDirectRows = 4;  // up to so many rows, codes are looked up in registers, not unpacked to memory
+  static constexpr int kGrain = 1, kRows = 12;    // 24 sums, two lines and a word of activations fit 32 registers
+  static constexpr bool kReadsCodes = true;       // and so do codes that become values there
 
   // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
   template <bool kInteger>
@@ -28,12 +28,12 @@ class Product {
     kernels[rows - 1](a, stride, b, steps, sums, resume);
   }
 
-  // The same with 4-bit codes, which become values in registers: for up to kDirectRows rows.
+  // The same with 4-bit codes.
   void multiply_codes(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, int rows,
                       float* sums) {
     static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
       return std::array{&code_block<kCount + 1>...};
-    }(std::make_integer_sequence<int, kDirectRows>());
+    }(std::make_integer_sequence<int, kRows>());
     kernels[rows - 1](a, stride, codes, table, steps, sums);
   }
 
@@ -110,7 +110,7 @@ class Product {
 #pragma GCC unroll 4
         for (int nibble = 0; nibble < 4; ++nibble) {
           const __m512i low = _mm512_permutexvar_epi16(left, table), high = _mm512_permutexvar_epi16(right, table);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int r = 0; r < kCount; ++r) {
             const __m512i x = word(rows.row(r) + (quad * 4 + nibble) * 4);
             sum[r][0] = dot<false>(sum[r][0], x, low);
@@ -120,6 +120,7 @@ class Product {
         }
       }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r)
       for (int half = 0; half < 2; ++half) _mm512_storeu_si512(sums + r * kPanel + half * 16, sum[r][half]);
   }

@@ -99,18 +99,23 @@ struct CodePanel {
   }
 };
 
-// Few rows: codes become values in registers.
+// Codes become values in registers, for each block of rows again.
 template <typename AnyProduct>
-inline void panel_code4_directly(AnyProduct& product, PanelRoom& room, const CodePanel& p, int rows) {
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const int64_t begin = p.first_step(g), end = p.first_step(g + 1);
-    product.multiply_codes(p.x + begin * kStepBytes, p.stride, p.step(begin), p.table, end - begin, rows, room.raw.data());
-    p.add(g, 0, rows, room.raw.data(), room.sums.data());
-  }
+  requires AnyProduct::kReadsCodes
+inline void multiply_codes(AnyProduct& product, PanelRoom& room, const CodePanel& p, int64_t rows) {
+  by_row_blocks(rows, [&](int64_t row, int count) {
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const int64_t begin = p.first_step(g), steps = p.first_step(g + 1) - begin;
+      product.multiply_codes(p.x + row * p.stride + begin * kStepBytes, p.stride, p.step(begin), p.table, steps, count,
+                             room.raw.data());
+      p.add(g, row, count, room.raw.data(), room.sums.data() + row * kPanel);
+    }
+  });
 }
 
-// Many rows: codes are unpacked once for all of them.
-inline void panel_code4_unpacked(PanelRoom& room, const CodePanel& p, int64_t rows) {
+// Codes are unpacked to memory, once for all rows.
+template <typename AnyProduct>
+inline void multiply_codes(AnyProduct& product, PanelRoom& room, const CodePanel& p, int64_t rows) {
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t begin = p.first_step(g), end = p.first_step(g + 1);
     for (int64_t s = begin; s < end; s += PanelRoom::kSteps) {
@@ -122,7 +127,7 @@ inline void panel_code4_unpacked(PanelRoom& room, const CodePanel& p, int64_t ro
       }
       by_row_blocks(rows, [&](int64_t row, int count) {
         float* raw = room.raw.data() + row * kPanel;
-        room.product.multiply<false>(p.x + row * p.stride + s * kStepBytes, p.stride, room.unpacked, steps, count, raw,
+        product.template multiply<false>(p.x + row * p.stride + s * kStepBytes, p.stride, room.unpacked, steps, count, raw,
                                      s > begin);
         if (s + steps == end) p.add(g, row, count, raw, room.sums.data() + row * kPanel);
       });
@@ -133,12 +138,7 @@ inline void panel_code4_unpacked(PanelRoom& room, const CodePanel& p, int64_t ro
 inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   const CodePanel p{w, a, panel};
   std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
-  const auto direct = [&]<typename AnyProduct>(AnyProduct& product) {
-    if constexpr (AnyProduct::kDirectRows > 0)
-      if (rows <= AnyProduct::kDirectRows) return panel_code4_directly(product, room, p, static_cast<int>(rows)), true;
-    return false;
-  };
-  if (!direct(room.product)) panel_code4_unpacked(room, p, rows);
+  multiply_codes(room.product, room, p, rows);
 }
 
 // A panel's numbers go back between the zeros, some steps at a time, and are multiplied as bf16.

@@ -27,7 +27,7 @@ class Product {
  public:
   static constexpr int kTileRows = 16;
   static constexpr int kGrain = kTileRows, kRows = 2 * kTileRows;
-  static constexpr int kDirectRows = 0;  // codes are always unpacked to memory
+  static constexpr bool kReadsCodes = false;  // they are unpacked to memory first
 
   // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
   template <bool kInteger>
