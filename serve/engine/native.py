@@ -16,7 +16,7 @@ from serve.engine.head import Head
 from serve.engine.inputs import StepInputs
 from serve.engine.kv_cache import KVCache, LayerShape
 from serve.engine.runner import StepOutputs
-from serve.kernels import Decoder, DecoderShape, LayerWeights, PackedLinear, Span, unavailable
+from serve.kernels import Decoder, DecoderShape, LayerWeights, PackedLinear, Span, release, unavailable
 
 __all__ = ["COVERED", "NativeRunner", "accelerate"]
 
@@ -101,6 +101,7 @@ def accelerate(
     shared = None
     if plain_head is not None and plain_head.dtype is torch.bfloat16:
         shared = Head(plain_head.digest, plain_head.dtype, torch.float32, lambda rows: decoder.project(rows.float()))
+    release()
     return NativeRunner(decoder, shared)
 
 

@@ -7,5 +7,6 @@ Knows tensors and number formats, neither recipes nor models nor requests. Where
 from serve.kernels.decoder import Decoder, DecoderShape, LayerWeights, Span
 from serve.kernels.library import unavailable
 from serve.kernels.linear import PackedLinear
+from serve.kernels.memory import release
 
-__all__ = ["Decoder", "DecoderShape", "LayerWeights", "PackedLinear", "Span", "unavailable"]
+__all__ = ["Decoder", "DecoderShape", "LayerWeights", "PackedLinear", "Span", "release", "unavailable"]
