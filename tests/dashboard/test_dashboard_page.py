@@ -81,6 +81,22 @@ def test_the_front_holds_those_that_none_beats_in_both(server: Server, page: Pag
     expect(verdict).to_have_text("int8 is fastest, nf4 smallest. Another variant is both faster and smaller than bf16.")
 
 
+def test_the_verdict_tells_who_stays_within_its_guard(server: Server, page: Page) -> None:
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 30)
+    server.stage.drifted("int8", tokens=500, kl_nats=0.003, agreeing=480)
+    server.stage.drifted("nf4", tokens=500, kl_nats=0.2, agreeing=350)
+    open_page(page, server)
+    verdict = page.locator("#choice .verdict")
+    expect(verdict).to_contain_text(
+        "int8 stays closest to the reference; the smallest within its guard is int8; nf4 is beyond it."
+    )
+    plotted = page.get_by_role("img", name="Quality against bytes.")
+    expect(plotted).to_have_accessible_name(
+        "Quality against bytes. nf4: 135 MiB, 0.2; int8: 246 MiB, 0.003; bf16: 480 MiB, 0"
+    )
+
+
 def test_speeds_that_cannot_be_told_apart_are_not_ranked(server: Server, page: Page) -> None:
     server.stage.change("nf4", gap_s=0.0091)
     for name in ("bf16", "int8", "nf4"):

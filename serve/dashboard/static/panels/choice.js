@@ -35,16 +35,17 @@ export function choicePanel() {
   function update(view) {
     const points = pointsOf(view.variants);
     const timed = points.filter((p) => Number.isFinite(p.speed));
-    const judged = points.filter((p) => Number.isFinite(p.drift));
+    const scored = points.filter((p) => Number.isFinite(p.drift));
+    const judged = scored.length ? points.filter((p) => Number.isFinite(p.drift) || p.variant.name === view.reference) : [];
     show(speed.node, timed.length > 0);
     show(quality.node, judged.length > 0);
     if (timed.length) speed.plot(timed.map(({ variant, size, speed: y }) => ({ variant, x: size, y })));
-    if (judged.length) quality.plot(judged.map(({ variant, size, drift: y }) => ({ variant, x: size, y })));
+    if (judged.length) quality.plot(judged.map(({ variant, size, drift }) => ({ variant, x: size, y: drift || 0 })));
     const reference = points.find((p) => p.variant.name === view.reference);
     table.classList.toggle("unmeasured", judged.length === 0);
     setText(table.caption, reference ? `Held against ${view.reference}` : "");
     keyed(body, points, (p) => p.variant.name, makeRow, (row, p) => updateRow(row, p, reference));
-    setText(verdict, verdictOf(timed));
+    setText(verdict, `${verdictOf(timed)}${qualityOf(scored)}`);
   }
 
   const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
@@ -89,6 +90,7 @@ function updateRow(row, point, reference) {
 }
 
 const FEW_GAPS = 300;
+const FEW_TOKENS = 200;
 const TOLD_APART = 1.05;
 
 /** The plot in a sentence or two, once enough tokens were timed. */
@@ -115,6 +117,19 @@ function losers(points) {
   const beats = (other, p) => other.speed > p.speed * TOLD_APART && other.size < p.size;
   const beaten = points.filter((p) => points.some((other) => beats(other, p)));
   return beaten.length ? ` Another variant is both faster and smaller than ${listed(beaten)}.` : "";
+}
+
+/** Who stays within the guard of its precision, once enough tokens were scored. */
+function qualityOf(scored) {
+  const known = scored.filter(({ variant }) => variant.stats.drift.tokens >= FEW_TOKENS && variant.driftGuard > 0);
+  if (!known.length) return "";
+  const beyond = known.filter((p) => p.drift > p.variant.driftGuard);
+  const within = known.filter((p) => !beyond.includes(p)).toSorted((a, b) => a.size - b.size);
+  const closest = known.toSorted((a, b) => a.drift - b.drift)[0];
+  const said = [` ${closest.variant.name} stays closest to the reference`];
+  if (within.length) said.push(`the smallest within its guard is ${within[0].variant.name}`);
+  if (beyond.length) said.push(`${listed(beyond)} ${beyond.length > 1 ? "are" : "is"} beyond it`);
+  return `${said.join("; ")}.`;
 }
 
 const listed = (points) => points.map((p) => p.variant.name).join(" and ");
