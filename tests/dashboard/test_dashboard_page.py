@@ -250,6 +250,74 @@ def test_a_canary_that_waits_is_promoted_only_by_who_says_yes(server: Server, pa
     assert rollouts.orders == ["promote"]
 
 
+# -- experiments -----------------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_is_begun_with_the_split_in_force_read_and_stopped(server: Server, page: Page) -> None:
+    """Before the server's own answers, in the shapes of docs/EXPERIMENTS.md."""
+    asked: list[tuple[str, object]] = []
+    experiment = {"name": "winter", "state": "running", "baseline": "bf16", "stopped_by": None}
+
+    def answer(route: playwright.Route) -> None:
+        path, method = route.request.url.removeprefix(server.url), route.request.method
+        begun = any(path == "/admin/experiments" for path, _ in asked)
+        if method == "POST":
+            asked.append((path, route.request.post_data_json))
+            experiment["state"] = "ended" if path.endswith("/stop") else "running"
+            experiment["stopped_by"] = "operator" if path.endswith("/stop") else None
+            route.fulfill(json=experiment)
+        elif path.endswith("/report"):
+            route.fulfill(json={**REPORT, "experiment": experiment})
+        else:
+            listed = [experiment] if begun else []
+            active = "winter" if begun and experiment["state"] == "running" else None
+            route.fulfill(json={"active": active, "experiments": listed})
+
+    page.route(f"{server.url}/", lambda route: route.fulfill(json={"routes": ["/admin/experiments"]}))
+    page.route("**/admin/experiments**", answer)
+    open_page(page, server)
+    panel = page.locator("#experiments")
+    panel.get_by_label("Name").fill("winter")
+    panel.get_by_label("Hours").fill("2")
+    panel.get_by_role("button", name="Start experiment").click()
+    expect(panel).to_contain_text("winter is running: 60 min, held against bf16.")
+    expect(panel.get_by_role("row", name="int8")).to_contain_text("40 ms35 ms to 50 ms")
+    expect(panel).to_contain_text("ITL of int8 is 21 % lower than that of bf16 at equal load")
+    expect(panel.get_by_role("button", name="Start experiment")).to_be_disabled()
+    page.on("dialog", lambda dialog: dialog.accept())
+    panel.get_by_role("button", name="Stop").click()
+    expect(panel).to_contain_text("winter is ended, ended by operator")
+    assert asked == [
+        ("/admin/experiments", {"name": "winter", "weights": {"bf16": 60, "int8": 20, "nf4": 20}, "duration_s": 7200}),
+        ("/admin/experiments/winter/stop", {}),
+    ]
+
+
+def test_a_server_without_experiments_is_not_asked_for_them(server: Server, page: Page) -> None:
+    open_page(page, server)
+    expect(page.locator("#experiments")).to_be_hidden()
+
+
+def spread(estimate: float, low: float, high: float) -> dict[str, float]:
+    return {"estimate": estimate, "low": low, "high": high}
+
+
+REPORT = {
+    "elapsed_s": 3600.0,
+    "split": {"sentence": "the realised split is the configured one"},
+    "comparisons": [
+        {"variant": "int8", "measure": "itl", "sentence": "ITL of int8 is 21 % lower than that of bf16 at equal load"}
+    ],
+    "variants": [
+        {
+            "variant": "int8", "n": 1200, "units": 61, "ttft_s": {"p50": spread(0.04, 0.035, 0.05)},
+            "itl_s": {"mean": spread(0.01, 0.009, 0.011)}, "error_rate": spread(0.002, 0.0, 0.01), "tokens_per_s": 25.0,
+            "cost_per_million_tokens": None, "drift": None,
+        }
+    ],
+}  # fmt: skip
+
+
 # -- the loupe -------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -61,7 +62,31 @@ def test_a_new_user_compares_changes_the_split_and_sees_it_served(running: Halft
     for _ in range(5):
         answer(running, "storyteller", 2)
     assert running.metric("request_success_total", variant="nf4") == before + 5
-    expect(page.locator(".totals")).to_contain_text("tokens/s")
+    expect(page.locator("#traffic .totals")).to_contain_text("tokens/s")
+
+
+def test_a_rollout_is_steered_from_the_page(running: Halftone, page: playwright.Page) -> None:
+    httpx.put(f"{running.url}/admin/traffic", json={"weights": {"fp32": 100, "nf4": 0, "broken": 0}}).raise_for_status()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(running.announced["urls"]["dashboard"])
+    panel = page.locator("#rollouts")
+    page.get_by_label("Canary").select_option("nf4")
+    page.get_by_label("Steps, percent").fill("40, 50")
+    page.get_by_role("button", name="What would it need?").click()
+    expect(panel.get_by_role("status")).to_contain_text(re.compile(r"\d"))
+    page.get_by_role("button", name="Start").click()
+    expect(panel).to_contain_text("1 of 2 (40 %, 50 %)")
+    expect(page.get_by_role("img", name="Configured: fp32 60 %, nf4 40 %")).to_be_visible()
+    for button, phase in (("Pause", "holding"), ("Resume", "progressing"), ("Abort", "aborted")):
+        page.get_by_role("button", name=button).click()
+        expect(panel.locator(".facts")).to_contain_text(f"phase{phase}")
+        assert newest(running)["phase"] == phase
+    expect(page.get_by_role("img", name="Configured: fp32 100 %")).to_be_visible()
+    assert newest(running)["ended"]
+
+
+def newest(running: Halftone) -> dict[str, Any]:
+    return dict(httpx.get(f"{running.url}/admin/rollouts", timeout=10).raise_for_status().json()["rollouts"][0])
 
 
 def answer(running: Halftone, model: str, tokens: int) -> str:

@@ -5,6 +5,7 @@ import { readSnapshot } from "./snapshot.js";
 
 const PERIOD_MS = 1000;
 const LONGEST_MS = 15000;
+const REPORT_EVERY = 5;
 const ADMIN = ["admin/variants", "admin/traffic", "admin/rollouts"];
 
 /**
@@ -17,6 +18,9 @@ export class Poller {
   #looking = false;
   #refusal = null;
   #newest = null;
+  #routes = null;
+  #report = null;
+  #looks = 0;
   #onSnapshot;
   #onError;
 
@@ -30,6 +34,7 @@ export class Poller {
   now() {
     this.#failures = 0;
     this.#refusal = null;
+    this.#looks = 0;
     this.#schedule(0);
   }
 
@@ -68,7 +73,7 @@ export class Poller {
     if (this.#refusal) return null;
     try {
       const [variants, traffic, rollouts] = await Promise.all(ADMIN.map(getJson));
-      return { variants: variants.variants, traffic, rollouts: await this.#withNewest(rollouts) };
+      return { variants: variants.variants, traffic, rollouts: await this.#withNewest(rollouts), experiments: await this.#experiments() };
     } catch (error) {
       if (!(error instanceof ServerError && (error.status === 401 || error.status === 403))) throw error;
       this.#refusal = error;
@@ -82,5 +87,17 @@ export class Poller {
     const known = this.#newest?.id === newest?.id && this.#newest?.phase === newest?.phase && newest?.ended;
     if (!known) this.#newest = newest && (await getJson(`admin/rollouts/${newest.id}`));
     return { list, shown: this.#newest };
+  }
+
+  /** Only where the server has them. */
+  async #experiments() {
+    this.#routes ??= (await getJson(".")).routes;
+    if (!this.#routes.includes("/admin/experiments")) return null;
+    const list = await getJson("admin/experiments");
+    const name = list.active ?? list.experiments[0]?.name ?? null;
+    const stale = this.#report?.experiment.name !== name || this.#looks % REPORT_EVERY === 0;
+    this.#looks += 1;
+    if (stale) this.#report = name && (await getJson(`admin/experiments/${encodeURIComponent(name)}/report`));
+    return { list, report: this.#report };
   }
 }

@@ -33,7 +33,7 @@ const BY_LABEL = {
 };
 
 /**
- * `models`: the list of /v1/models. `admin`: {variants, traffic, rollouts} of the admin routes, or null where they are
+ * `models`: the list of /v1/models. `admin`: {variants, traffic, rollouts, experiments} of the admin routes, or null where they are
  * closed.
  * `atMs` is this page's own clock.
  */
@@ -47,6 +47,7 @@ export function readSnapshot(metricsText, models, admin, atMs) {
     model: models.find((card) => !card.variant)?.id ?? "",
     traffic: admin?.traffic ?? null,
     rollouts: admin?.rollouts ?? null,
+    experiments: admin?.experiments ?? null,
     variants: cards.map((card, index) => ({
       index,
       ...identity(card, details.get(card.variant)),

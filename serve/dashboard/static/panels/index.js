@@ -3,6 +3,7 @@
 import { choicePanel } from "./choice.js";
 import { distributionPanel } from "./distributions.js";
 import { driftPanel } from "./drift.js";
+import { experimentPanel } from "./experiments.js";
 import { loupePanel } from "./loupe.js";
 import { memoryPanel } from "./memory.js";
 import { rolloutPanel } from "./rollouts.js";
@@ -16,6 +17,7 @@ export const PANELS = [
   choicePanel,
   driftPanel,
   rolloutPanel,
+  experimentPanel,
   loupePanel,
   timelinePanel,
   distributionPanel,

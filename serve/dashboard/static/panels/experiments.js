@@ -1,0 +1,135 @@
+// The experiment that runs or ran last: what each variant got, and how it differs from the baseline at equal load.
+
+import { sendJson, ServerError } from "../client.js";
+import { el, keyed, setText, show } from "../dom.js";
+import { count, duration, number, percent, span } from "../format.js";
+import { panel } from "./panel.js";
+
+const TITLES = ["Variant", "Answers", "First token, p50", "Next token, mean", "Errors", "Tokens/s", "KL, nats", "Cost per million tokens"];
+
+export function experimentPanel({ look, askKey }) {
+  const experiments = new Experiments(look, askKey);
+  const lead = "Users dealt to variants for a while, and what each got. Intervals hold while one watches.";
+  const available = (view) => view.snapshot.experiments !== null;
+  return panel({ id: "experiments", title: "Experiments", lead, available, update: (view) => experiments.update(view) }, experiments.node);
+}
+
+class Experiments {
+  #look;
+  #askKey;
+  #name = "";
+  #head = el("p", { class: "verdict" });
+  #stop = el("button", { type: "button" }, "Stop");
+  #said = el("p", { class: "hint", role: "status" });
+  #body = el("tbody");
+  #split = el("p", { class: "hint" });
+  #comparisons = el("ul", { class: "lines" });
+  #current = el(
+    "div",
+    {},
+    this.#head,
+    el("div", { class: "wide" }, el("table", { class: "choice" }, el("thead", {}, el("tr", {}, TITLES.map((t) => el("th", { scope: "col" }, t)))), this.#body)),
+    this.#comparisons,
+    this.#split,
+    el("div", { class: "buttons" }, this.#stop),
+  );
+  #form = new Starter((body) => this.#ask("admin/experiments", body, (e) => `${e.name} is ${e.state}.`));
+  node = el("div", { class: "editor" }, this.#current, this.#said, this.#form.node);
+
+  constructor(look, askKey) {
+    this.#look = look;
+    this.#askKey = askKey;
+    this.#stop.addEventListener("click", () => void this.#end());
+  }
+
+  update(view) {
+    const { list, report } = view.snapshot.experiments;
+    show(this.#current, report !== null);
+    if (report) this.#tell(report);
+    this.#form.update(view, list.active !== null);
+  }
+
+  #tell(report) {
+    const { experiment, variants, comparisons, split } = report;
+    this.#name = experiment.name;
+    this.#stop.disabled = experiment.state === "ended";
+    const ended = experiment.stopped_by ? `, ended by ${experiment.stopped_by}` : "";
+    setText(this.#head, `${experiment.name} is ${experiment.state}${ended}: ${span(report.elapsed_s)}, held against ${experiment.baseline}.`);
+    keyed(this.#body, variants, (v) => v.variant, rowOf, updateRow);
+    keyed(this.#comparisons, comparisons, (c) => `${c.variant} ${c.measure}`, () => el("li"), (node, c) => setText(node, c.sentence));
+    setText(this.#split, `The split: ${split.sentence}.`);
+  }
+
+  async #end() {
+    if (confirm(`Stop ${this.#name}? Traffic is then again what it was before.`)) {
+      await this.#ask(`admin/experiments/${this.#name}/stop`, {}, (e) => `${e.name} has ended.`);
+    }
+  }
+
+  async #ask(path, body, told) {
+    try {
+      setText(this.#said, told(await sendJson("POST", path, body)));
+      this.#look();
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      setText(this.#said, `Not done: ${error.message}`);
+      if (error.status === 401) this.#askKey(error.message);
+    }
+  }
+}
+
+/** A name and how long; the split is the one in force. */
+class Starter {
+  #weights = {};
+  #name = el("input", { name: "name", required: true, size: 14, autocomplete: "off" });
+  #hours = el("input", { type: "number", name: "hours", value: 1, min: 0.01, step: "any" });
+  #begin = el("button", { type: "submit", class: "primary" }, "Start experiment");
+  #form = el(
+    "form",
+    { class: "options", "aria-label": "Start an experiment" },
+    el("label", {}, "Name ", this.#name),
+    el("label", {}, "Hours ", this.#hours),
+    this.#begin,
+    el("span", { class: "hint" }, "with the split that is in force"),
+  );
+  node = this.#form;
+
+  constructor(send) {
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const dealt = Object.entries(this.#weights).filter(([, weight]) => weight > 0);
+      void send({ name: this.#name.value.trim(), weights: Object.fromEntries(dealt), duration_s: this.#hours.valueAsNumber * 3600 });
+    });
+  }
+
+  update({ snapshot }, running) {
+    this.#weights = snapshot.traffic.weights;
+    this.#begin.disabled = running;
+  }
+}
+
+function rowOf({ variant }) {
+  const cells = TITLES.slice(1).map(() => el("td", {}, el("span", { class: "main" }), el("span", { class: "second" })));
+  return el("tr", {}, el("th", { scope: "row" }, variant), cells);
+}
+
+function updateRow(row, v) {
+  const texts = [
+    [count(v.n), `${count(v.units)} users`],
+    interval(v.ttft_s.p50, (x) => duration(x, 2)),
+    interval(v.itl_s.mean, (x) => duration(x, 2)),
+    interval(v.error_rate, (x) => percent(x, 2)),
+    [number(v.tokens_per_s)],
+    v.drift ? interval(v.drift.kl_divergence_nats, (x) => number(x, 2)) : ["not measured"],
+    [number(v.cost_per_million_tokens)],
+  ];
+  texts.forEach(([main, second = ""], index) => {
+    setText(row.children[index + 1].children[0], main);
+    setText(row.children[index + 1].children[1], second);
+  });
+}
+
+function interval(given, format) {
+  const { estimate, low, high } = given ?? {};
+  return [format(estimate), low == null ? "" : `${format(low)} to ${high == null ? "?" : format(high)}`];
+}
