@@ -12,6 +12,8 @@ on that port itself, one hop less, with no proxy of Serve's whose own routes wou
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +30,7 @@ from serve.errors import ConfigError
 from serve.generation import GenerationRequest, Prompt
 from serve.heartbeat import IngressBeat, ReplicaBeat, View
 from serve.hop import Parcel
+from serve.pairs import Kept, Scores, Side
 from serve.remote import Handle
 from serve.variant import Variant
 
@@ -37,6 +40,7 @@ APP_NAME = "halftone"
 _LONGEST_STREAM_S = 600.0
 """How long a replica that must go may still finish its streams."""
 _INGRESS_STREAMS = 4096
+_HELD_RECORDINGS = 16
 
 if loopback.is_on():
     loopback.apply()
@@ -89,11 +93,22 @@ class _VariantDeployment:
 
         process = rayserve.get_replica_context().replica_id.unique_id
         self._replica = Replica(model_name, variant, RemoteController(controller).replica, process)
+        self._handed_on: deque[Any] = deque(maxlen=_HELD_RECORDINGS)
         await self._replica.open()
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
-        async for parcel in self._replica.generate(request, channel):
-            yield parcel
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
+        async for item in self._replica.generate(request, channel):
+            if isinstance(item, Kept):
+                # The ingress hands the reference on; it never sees what it refers to. It is held here meanwhile, for
+                # Ray frees an object whose reference travels in a stream before the receiver has borrowed it.
+                reference = await asyncio.to_thread(ray.put, item.content)
+                self._handed_on.append(reference)
+                yield Kept(reference)
+            else:
+                yield item
+
+    async def score(self, kept: Kept, side: Side) -> Scores:
+        return await self._replica.score(await kept.content, side)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._replica.abort(request_ids)
@@ -171,7 +186,7 @@ class _IngressDeployment:
         from serve.router import Router
 
         links = {name: RemoteVariant(name, handle) for name, handle in variants.items()}
-        self._router = Router(config.model_name, links, RemoteController(controller))
+        self._router = Router(config.model_name, links, RemoteController(controller), drift=config.drift)
         self._app = create_app(self._router, config.api, RemoteRollouts(controller))
         self._router.open()
         self._listener = Listener(self._app, **listen) if listen else None

@@ -22,6 +22,7 @@ from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
 from serve.engine.settings import EngineSettings
 from serve.errors import ConfigError, HalftoneError
+from serve.pairs import DriftSettings
 from serve.rollout import Split
 from serve.rollout.settings import RolloutSettings, Webhook
 from serve.variant import Resources, Variant
@@ -43,6 +44,8 @@ class Config:
     split: Split
     api: ApiSettings = field(default_factory=ApiSettings)
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+    drift: DriftSettings | None = None
+    """None: nothing is scored."""
 
     def resolved(self, *, cpus: float, gpus: float) -> Config:
         """With every "auto" decided for a machine of that size."""
@@ -165,8 +168,14 @@ class _Traffic(_Section):
     stable: str | None = None
     weights: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = None
     sticky: StickySource = "user"
+    shadow: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
     salt: str = ""
     holdout: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+class _Drift(_Section):
+    reference: str | None = None
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 
 class _Api(_Section):
@@ -197,6 +206,7 @@ class _File(_Section):
     model: _Model
     variants: Annotated[list[_VariantEntry], Field(min_length=1)]
     traffic: _Traffic = _Traffic()
+    drift: _Drift | None = None
     api: _Api = _Api()
     rollouts: _Rollouts = _Rollouts()
 
@@ -211,18 +221,29 @@ class _File(_Section):
             split=self._split(names),
             api=self.api.build(self.traffic.sticky),
             rollouts=self.rollouts.build(),
+            drift=self._drift_settings(names),
         )
+
+    def _drift_settings(self, names: list[str]) -> DriftSettings | None:
+        """The reference, unless told otherwise: the stable variant."""
+        if self.drift is None:
+            return None
+        reference = self.drift.reference or self._split(names).stable
+        if reference not in names:
+            raise ConfigError("drift.reference", _unknown(reference, names, "variant"))
+        return DriftSettings(reference, self.drift.sample_rate)
 
     def _split(self, names: list[str]) -> Split:
         """The stable variant, unless told otherwise: the one with the most traffic, else the first."""
-        weights, stable = self.traffic.weights, self.traffic.stable
-        for key, named in (("weights", list(weights or ())), ("stable", [stable] if stable else [])):
+        weights, stable, shadow = self.traffic.weights, self.traffic.stable, self.traffic.shadow or {}
+        given = (("weights", list(weights or ())), ("stable", [stable] if stable else []), ("shadow", list(shadow)))
+        for key, named in given:
             for name in named:
                 if name not in names:
                     raise ConfigError(f"traffic.{key}", _unknown(name, names, "variant"))
         stable = stable or (max(weights, key=weights.__getitem__) if weights else names[0])
         dealt = {name: (weights or {stable: 100.0}).get(name, 0.0) for name in names}
-        return Split(stable=stable, weights=dealt, salt=self.traffic.salt, holdout=self.traffic.holdout)
+        return Split(stable, dealt, salt=self.traffic.salt, holdout=self.traffic.holdout, shadow=shadow)
 
 
 def _located(source: str) -> str:
@@ -255,7 +276,8 @@ def _path(location: tuple[int | str, ...]) -> str:
 def _section(location: tuple[int | str, ...]) -> type[_Section]:
     """The section that a location lies in: `("variants", 1)` is a variant's entry."""
     sections: dict[str, type[_Section]] = {
-        "model": _Model, "variants": _VariantEntry, "traffic": _Traffic, "api": _Api, "rollouts": _Rollouts,
+        "model": _Model, "variants": _VariantEntry, "traffic": _Traffic, "drift": _Drift, "api": _Api,
+        "rollouts": _Rollouts,
     }  # fmt: skip
     if location[:2] == ("rollouts", "webhooks"):
         return _Webhook

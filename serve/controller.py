@@ -147,7 +147,8 @@ class Controller:
         beats = [heard.beat for heard in self._replicas.values() if heard.beat.variant == name]
         ready = [beat for beat in beats if beat.state == "ready"]
         told = (ready or [beat for beat in beats if beat.state == "loading"] or beats)[-1:]
-        state = VariantState(name, precision, ready_replicas=len(ready), is_cold=self._is_cold(name))
+        waiting, is_cold = sum(beat.waiting for beat in ready), self._is_cold(name)
+        state = VariantState(name, precision, ready_replicas=len(ready), is_cold=is_cold, waiting=waiting)
         for beat in told:
             state = replace(
                 state,
@@ -157,6 +158,7 @@ class Controller:
                 reason=beat.reason,
                 context_length=beat.context_length,
                 fingerprint=beat.fingerprint,
+                head=beat.head,
             )
         return state
 

@@ -90,6 +90,8 @@ class GenerationRequest:
     """0 serves a user; higher numbers yield to lower ones (drift scoring, shadow calls)."""
     cache_salt: str = ""
     """Requests share the computation of a common beginning only under the same salt: it keeps tenants apart."""
+    keep: Literal["hidden", "logits"] | None = None
+    """What to keep of the first choice's own pass, so that another variant can score the answer (see `serve.pairs`)."""
 
 
 @dataclass(frozen=True, slots=True)

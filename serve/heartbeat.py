@@ -32,6 +32,10 @@ class ReplicaBeat:
     """Why it failed."""
     context_length: int | None = None
     fingerprint: str | None = None
+    head: str | None = None
+    """Digest of its output head: who shares it can read its hidden states. None: only logits will do."""
+    waiting: int = 0
+    """Sequences that wait for the engine."""
     report: Mapping[str, Any] | None = None
     """How it was loaded; sent once, and again when the controller asks."""
     memory: Mapping[str, int] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class VariantState:
     context_length: int | None = None
     fingerprint: str | None = None
     ready_replicas: int = 0
+    head: str | None = None
+    waiting: int = 0
     is_cold: bool = False
     """One of its replicas has just started: what it serves now is no evidence."""
 

@@ -125,6 +125,7 @@ class Mailbox:
         self._opened: set[str] = set()
         self._begun: set[str] = set()
         self._ends = {request.request_id: asyncio.Event() for request in requests}
+        self._cut_short: set[str] = set()
         self._observe = observe
         self._events: deque[Event] = deque()
         self._bell = asyncio.Event()
@@ -140,11 +141,16 @@ class Mailbox:
     def close(self) -> frozenset[str]:
         """The reader has gone: take nothing more. Which requests that cuts short."""
         unfinished = self.unfinished
+        self._cut_short |= unfinished
         for request_id in unfinished:
             self._end(request_id)
         self._events.clear()
         self._bell.set()
         return unfinished
+
+    def is_cut_short(self, request_id: str) -> bool:
+        """It failed, or the reader went away before its end."""
+        return request_id in self._cut_short
 
     def has_begun(self, request_id: str) -> bool:
         """Tokens of it have come: it can no longer begin again unseen."""
@@ -174,6 +180,8 @@ class Mailbox:
 
     def _account(self, event: Event) -> None:
         (self._opened if isinstance(event, PromptDelta) else self._begun).add(event.request_id)
+        if isinstance(event, Failure):
+            self._cut_short.add(event.request_id)
         left = 0 if isinstance(event, Failure) else self._unfinished[event.request_id] - ended_choices(event)
         if left:
             self._unfinished[event.request_id] = left

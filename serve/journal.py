@@ -19,7 +19,8 @@ from serve.generation import Delta, Event, Failure, PromptDelta
 from serve.heartbeat import VariantState
 from serve.hop import ReplicaDied
 from serve.metrics import Recorder, Snapshot, VariantLabels
-from serve.rollout import Assignment, Batch, Outcome, Split, unit_hash
+from serve.pairs import Scores
+from serve.rollout import Assignment, Batch, Drift, Outcome, Split, unit_hash
 from serve.rollout.looping import WINDOW_TOKENS, is_looping
 
 __all__ = ["Journal", "Trace", "code_of"]
@@ -33,6 +34,13 @@ _COUNTED_HERE = (
     metrics.QUEUE,
     metrics.PROMPT_TOKENS,
     metrics.GENERATION_TOKENS,
+    metrics.DRIFT_KL,
+    metrics.DRIFT_TOKENS,
+    metrics.DRIFT_AGREEMENTS,
+    metrics.DRIFT_NONFINITE,
+    metrics.DRIFT_NLL_TOKENS,
+    metrics.DRIFT_NLL_VARIANT,
+    metrics.DRIFT_NLL_REFERENCE,
 )
 
 
@@ -73,6 +81,23 @@ class Journal:
     def refused(self, code: str) -> None:
         """A call that came to no variant."""
         self._recorder.add(metrics.ERRORS, VariantLabels(self._model_name, "", ""), 1, code)
+
+    def sampled(self, state: VariantState, result: str) -> None:
+        """A request was to be scored, and this became of it."""
+        self._recorder.add(metrics.DRIFT_SAMPLES, self._labels(state), 1, result)
+
+    def scored(self, state: VariantState, scores: Scores) -> None:
+        """The drift of `state`'s variant on one answer."""
+        labels = self._labels(state)
+        self.sampled(state, "scored")
+        for kl_nats in scores.kl_nats:
+            self._recorder.observe(metrics.DRIFT_KL, labels, kl_nats)
+        self._recorder.add(metrics.DRIFT_TOKENS, labels, scores.tokens)
+        self._recorder.add(metrics.DRIFT_AGREEMENTS, labels, scores.top1_agreements)
+        self._recorder.add(metrics.DRIFT_NONFINITE, labels, scores.nonfinite_tokens)
+        self._recorder.add(metrics.DRIFT_NLL_TOKENS, labels, scores.nll_tokens)
+        self._recorder.add(metrics.DRIFT_NLL_VARIANT, labels, scores.nll_variant_nats)
+        self._recorder.add(metrics.DRIFT_NLL_REFERENCE, labels, scores.nll_reference_nats)
 
     def keep(self, outcome: Outcome) -> None:
         self._unsent[outcome.record] = outcome
@@ -137,6 +162,14 @@ class Trace:
         self._choices_left.clear()
         self._note(error=kind_of(ReplicaDied("")))
         self._finish()
+
+    def scored(self, variant: str, drift: Drift) -> None:
+        """What scoring said, later than the end: the record is sent again under its number."""
+        if variant == self._outcome.variant:
+            self._note(drift=drift)
+        else:
+            self._note(read_by=variant, reading=drift)
+        self._journal.keep(self._outcome)
 
     def _on_delta(self, delta: Delta, at_s: float) -> None:
         tokens = len(delta.token_ids)

@@ -92,9 +92,11 @@ DRIFT_KL = Metric("drift_kl_divergence_nats", "histogram", "KL(reference || vari
 DRIFT_GUARD = Metric("drift_kl_divergence_guard_nats", "gauge", "Mean KL up to which the variant is within its guard")
 DRIFT_TOKENS = Metric("drift_tokens_total", "counter", "Tokens scored again on the reference")
 DRIFT_AGREEMENTS = Metric("drift_top1_agreements_total", "counter", "Scored tokens with the same first choice")
+DRIFT_NONFINITE = Metric("drift_nonfinite_tokens_total", "counter", "Tokens left out: a logit was not a number")
+DRIFT_NLL_TOKENS = Metric("drift_nll_tokens_total", "counter", "Tokens where a perplexity ratio is fair")
 DRIFT_NLL_VARIANT = Metric("drift_nll_variant_nats_total", "counter", "Their negative log likelihood by the variant")
 DRIFT_NLL_REFERENCE = Metric("drift_nll_reference_nats_total", "counter", "The same by the reference")
-DRIFT_SAMPLES = Metric("drift_samples_total", "counter", "Requests scored again on the reference")
+DRIFT_SAMPLES = Metric("drift_samples_total", "counter", "Requests sampled for scoring, by result", extra=("result",))
 SHADOW = Metric("shadow_requests_total", "counter", "Requests mirrored to the variant, by result", extra=("result",))
 ENERGY = Metric("energy_joules_total", "counter", "Energy taken while the variant generated")
 ROLLOUT_PHASE = Metric("rollout_phase", "gauge", "1 for the phase that the canary's rollout is in", extra=("phase",))
@@ -103,8 +105,8 @@ ROLLOUT_VERDICTS = Metric("rollout_verdicts_total", "counter", "Verdicts on the 
 METRICS: tuple[Metric, ...] = (
     TTFT, ITL, TPOT, E2E, QUEUE, RUNNING, WAITING, KV_USAGE, PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS, ERRORS,
     PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, MEMORY, PEAK_LOAD, BITS, COMPRESSION, LOAD, REPLICAS, TRAFFIC_WEIGHT,
-    DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NLL_VARIANT, DRIFT_NLL_REFERENCE, DRIFT_SAMPLES,
-    SHADOW, ENERGY, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
+    DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NONFINITE, DRIFT_NLL_TOKENS, DRIFT_NLL_VARIANT,
+    DRIFT_NLL_REFERENCE, DRIFT_SAMPLES, SHADOW, ENERGY, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
 )  # fmt: skip
 
 

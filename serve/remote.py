@@ -20,12 +20,15 @@ from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUna
 from serve.generation import GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, ReplicaBeat, View
 from serve.hop import Parcel, ReplicaDied
+from serve.pairs import Kept, Scores, Side
 
 __all__ = ["Handle", "RemoteController", "RemoteRollouts", "RemoteVariant", "as_halftone"]
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER_TIMEOUT_S = 5.0
 _CALL_TIMEOUT_S = 30.0
+_SCORING_TIMEOUT_S = 40.0
+"""Longer than a replica lets a text wait for its scoring: a reader that has not answered by then is not there."""
 Handle = Any
 """A `ray.serve.handle.DeploymentHandle`: its methods are the deployment's, by name, which no type can say."""
 
@@ -38,7 +41,7 @@ class RemoteVariant:
         self._handle = handle
         self._stream = handle.options(stream=True)
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
         with _mapped(f"variant {self._name!r}"):
             stream = self._stream.generate.remote(request, channel)
             try:
@@ -47,6 +50,17 @@ class RemoteVariant:
             except asyncio.CancelledError:
                 stream.cancel()  # it may still wait for a replica to be sent to
                 raise
+
+    async def score(self, kept: Kept, side: Side) -> Scores:
+        with _mapped(f"variant {self._name!r}"):
+            response = self._handle.score.remote(kept, side)
+            try:
+                async with asyncio.timeout(_SCORING_TIMEOUT_S):
+                    answer: Scores = await response
+            except TimeoutError:
+                response.cancel()
+                raise
+            return answer
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         with _mapped(f"variant {self._name!r}"):

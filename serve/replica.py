@@ -14,23 +14,27 @@ import logging
 import os
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import psutil
 
 from serve import metrics
-from serve.errors import GenerationFailed, HalftoneError, VariantUnavailable
+from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams, Tokenized
 from serve.heartbeat import ReplicaBeat, State
 from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels
+from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
 from serve.variant import Variant
 
 if TYPE_CHECKING:
+    from serve.drift import Keeper, Pairing, Room
     from serve.engine.engine import Engine
     from serve.engine.prompt import PromptEncoder
+    from serve.engine.witness import Witness
     from serve.loading import LoadedModel
 
 __all__ = ["Replica"]
@@ -40,6 +44,11 @@ _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.25
 _LEAST_BEAT_S = 0.1
 _REMEMBERED_ABORTS = 4096
+_RECORDED_BYTES = 64 * 2**20
+"""What all requests that are being recorded may hold together; one of them at most a quarter."""
+_SCORED_AT_ONCE = 8
+_SCORING_S = 30.0
+"""How long a text may wait for users to leave room for its scoring."""
 
 Report = Callable[[ReplicaBeat], Awaitable[bool]]
 """Tells the controller; True asks for the load report again. Raises HalftoneError where nobody answers."""
@@ -62,6 +71,8 @@ class Replica:
         self._outboxes: dict[str, Outbox] = {}
         self._outbox_of: dict[str, Outbox] = {}
         self._aborted: deque[str] = deque(maxlen=_REMEMBERED_ABORTS)
+        self._keepers: dict[str, Keeper] = {}
+        self._scorings = 0
         self._turned = asyncio.Event()  # from idle to busy or back: worth a beat out of turn
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -98,8 +109,13 @@ class Replica:
 
     # Calls
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
-        """The stream of one request; it may carry the events of all requests of its channel (see `serve.hop`)."""
+    async def generate(
+        self, request: GenerationRequest, channel: str, witness: Witness | None = None
+    ) -> AsyncGenerator[Parcel | Kept, None]:
+        """The stream of one request; it may carry the events of all requests of its channel (see `serve.hop`).
+
+        A request whose pass is to be kept yields its recording at the very end, when the client has everything.
+        """
         request_id = request.request_id
         if request_id in self._aborted:
             return
@@ -108,18 +124,55 @@ class Replica:
         if not self._outbox_of:
             self._turned.set()
         self._outbox_of[request_id] = outbox
-        self._spawn(self._submit(request))
+        self._spawn(self._submit(request, witness))
         whole = False
         try:
             async for parcel in outbox.carry(request_id):
                 yield parcel
             whole = True
+            if recorded := await self._recording(request_id):
+                yield recorded
         finally:
             del self._outbox_of[request_id]
+            if keeper := self._keepers.pop(request_id, None):
+                keeper.close()
             if self._serving and not whole:
                 self._serving.engine.abort(request_id)
             if not self._outbox_of:
                 self._turned.set()
+
+    async def score(self, recording: Recording, side: Side) -> Scores:
+        """Read what another variant recorded: one prefill that yields to users, and the comparison beside it.
+
+        Raises Overloaded where users left no room for it.
+        """
+        serving = self._require()
+        if self._scorings >= _SCORED_AT_ONCE:
+            raise Overloaded(f"{self._scorings} texts wait for their scoring already")
+        pairing = serving.pairing(recording, side)
+        name = f"score-{uuid4().hex}"
+        params = SamplingParams(max_tokens=0)
+        request = GenerationRequest(name, recording.token_ids, params, priority=SCORING_PRIORITY)
+        self._scorings += 1
+        try:
+            async with asyncio.timeout(_SCORING_S), aclosing(self.generate(request, name, pairing)) as parcels:
+                async for parcel in parcels:
+                    for event in parcel.events if isinstance(parcel, Parcel) else ():
+                        if isinstance(event, Failure):
+                            raise event.error
+        except TimeoutError as error:
+            raise Overloaded("users left no room to score a text") from error
+        finally:
+            self._scorings -= 1
+            self._outboxes.pop(name, None)
+        return pairing.scores()
+
+    async def _recording(self, request_id: str) -> Kept | None:
+        keeper = self._keepers.get(request_id)
+        if keeper is None or request_id in self._aborted:
+            return None
+        recording = await asyncio.to_thread(keeper.recording)
+        return Kept(recording) if recording else None
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; one that has not come yet will be turned away. Unknown ones are another replica's."""
@@ -143,13 +196,15 @@ class Replica:
             raise VariantUnavailable(f"variant {self._variant.name!r} is {self._state}: {self._reason or 'wait'}")
         return self._serving
 
-    async def _submit(self, request: GenerationRequest) -> None:
+    async def _submit(self, request: GenerationRequest, witness: Witness | None) -> None:
         """Tokenize, then hand over to the engine; what refuses the request becomes its one event."""
         try:
             serving = self._require()
             ids = await asyncio.to_thread(serving.encode, request)
             if request.request_id in self._outbox_of and request.request_id not in self._aborted:
-                serving.engine.submit(replace(request, prompt=ids))
+                if request.keep:
+                    witness = self._keepers[request.request_id] = serving.keeper(request.keep, ids)
+                serving.engine.submit(replace(request, prompt=ids), witness)
         except HalftoneError as error:
             self._deliver([Failure(request.request_id, error)])
 
@@ -159,6 +214,8 @@ class Replica:
         for event in events:
             if outbox := self._outbox_of.get(event.request_id):
                 by_outbox[outbox].append(event)
+            if keeper := self._keepers.get(event.request_id):
+                keeper.hear(event)
         for outbox, mine in by_outbox.items():
             outbox.put(mine)
 
@@ -237,6 +294,8 @@ class Replica:
             beat,
             context_length=self._serving.context_length,
             fingerprint=self._serving.loaded.fingerprint,
+            head=head.digest if (head := self._serving.engine.head) else None,
+            waiting=self._serving.engine.stats().waiting,
             report=self._serving.report() if self._report_due else None,
             memory=memory,
             snapshot=self._recorder.snapshot(),
@@ -267,21 +326,23 @@ class Replica:
 class _Serving:
     """A loaded model with its engine running. Its methods block."""
 
-    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder) -> None:
+    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder, room: Room) -> None:
         self.loaded = loaded
         self.engine = engine
         self._encoder = encoder
+        self._room = room
         self._process = psutil.Process()
 
     @classmethod
     def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None]) -> _Serving:
+        from serve.drift import Room
         from serve.engine.engine import Engine
         from serve.engine.prompt import PromptEncoder
 
         engine = Engine(loaded.model, loaded.tokenizer, variant.engine, sink)
         encoder = PromptEncoder(loaded.tokenizer, max_model_len=engine.settings.max_model_len)
         engine.start()
-        return cls(loaded, engine, encoder)
+        return cls(loaded, engine, encoder, Room(_RECORDED_BYTES))
 
     @property
     def context_length(self) -> int:
@@ -297,6 +358,16 @@ class _Serving:
 
     def detokenize(self, ids: tuple[int, ...]) -> str:
         return str(self.loaded.tokenizer.decode(list(ids)))
+
+    def keeper(self, wants: Literal["hidden", "logits"], prompt: tuple[int, ...]) -> Keeper:
+        from serve.drift import Keeper
+
+        return Keeper(wants, prompt, self.engine.head, self._room, _RECORDED_BYTES // 4)
+
+    def pairing(self, recording: Recording, side: Side) -> Pairing:
+        from serve.drift import Pairing
+
+        return Pairing(recording, side, self.engine.head)
 
     def report(self) -> Mapping[str, Any]:
         """The load report, with the path that makes the engine's steps."""

@@ -36,8 +36,10 @@ from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Token
 from serve.heartbeat import IngressBeat, VariantState, View
 from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
 from serve.journal import Journal, Trace, code_of
+from serve.pairs import DriftSettings, Kept, Scores, Side
 from serve.presence import Presence
 from serve.rollout import Assignment, Split, assign
+from serve.scoring import Sample, Scorer
 
 __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
 
@@ -57,7 +59,9 @@ _FAILED_RETRY_S = 60.0
 class Link(Protocol):
     """One variant, from afar. Raises HalftoneErrors alone; `ReplicaDied` where a replica broke under the request."""
 
-    def generate(self, request: GenerationRequest, channel: str) -> AsyncIterator[Parcel]: ...
+    def generate(self, request: GenerationRequest, channel: str) -> AsyncIterator[Parcel | Kept]: ...
+
+    async def score(self, kept: Kept, side: Side) -> Scores: ...
 
     async def abort(self, request_ids: Sequence[str]) -> None: ...
 
@@ -81,7 +85,14 @@ class Control(Protocol):
 class Router:
     """Implements `serve.api.backend.Backend` for one ingress process. All methods on one event loop."""
 
-    def __init__(self, model_name: str, links: Mapping[str, Link], control: Control, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        links: Mapping[str, Link],
+        control: Control,
+        name: str | None = None,
+        drift: DriftSettings | None = None,
+    ) -> None:
         self._model_name = model_name
         self._links = links
         self._control = control
@@ -89,6 +100,7 @@ class Router:
         self._presence = Presence()
         self._inbox = Inbox(self._name)
         self._journal = Journal(model_name, self._name)
+        self._scorer = Scorer(drift, links, self._journal)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Life
@@ -146,7 +158,9 @@ class Router:
         answer = RoutedAnswer(self, call, self._links[state.name], _disclosure(state, assignment), trace)
         for request in call.requests:
             self._inbox.open(request.request_id, answer.mailbox)
-            self._spawn(self._drive(request, answer))
+            # One text of a call is enough to be scored: its outcome has room for one drift.
+            sample = self._scorer.draw(request, state, self._known()) if request is call.requests[0] else None
+            self._spawn(self._drive(request, answer, sample))
         return answer
 
     def refused(self, status: int) -> None:
@@ -245,26 +259,37 @@ class Router:
 
     # How it is answered
 
-    async def _drive(self, request: GenerationRequest, answer: RoutedAnswer) -> None:
+    async def _drive(self, request: GenerationRequest, answer: RoutedAnswer, sample: Sample | None) -> None:
         """See one request through to its end, whether anybody still reads or not."""
         request_id, variant = request.request_id, answer.disclosure.variant
+        drawn, trace, ended, kept = variant, answer.trace, False, None
+        request = replace(request, keep=sample.keep) if sample else request
         try:
             try:
-                await self._stream(request, variant, answer.mailbox)
+                kept = await self._stream(request, variant, answer.mailbox)
             except ReplicaDied as death:
                 variant = await self._second_try(request_id, variant, answer, death)
-                await self._stream(request, variant, answer.mailbox)
+                kept = await self._stream(request, variant, answer.mailbox)
             await self._settle(request_id, answer.mailbox)
+            ended = variant == drawn and not answer.mailbox.is_cut_short(request_id)
         except HalftoneError as error:
             self._inbox.fail(request_id, error)
         finally:
             self._inbox.close(request_id)
+            if sample and not ended:
+                self._scorer.unfinished(sample)
+        if sample and ended:
+            await self._scorer.score(sample, kept, trace)
 
-    async def _stream(self, request: GenerationRequest, variant: str, mailbox: Mailbox) -> None:
-        parcels = self._links[variant].generate(request, self._inbox.channel)
-        unanswered = partial(mailbox.is_unanswered, request.request_id)
-        async for parcel in self._presence.guarded(variant, parcels, unanswered):
-            self._inbox.accept(parcel)
+    async def _stream(self, request: GenerationRequest, variant: str, mailbox: Mailbox) -> Kept | None:
+        items = self._links[variant].generate(request, self._inbox.channel)
+        unanswered, kept = partial(mailbox.is_unanswered, request.request_id), None
+        async for item in self._presence.guarded(variant, items, unanswered):
+            if isinstance(item, Kept):
+                kept = item
+            else:
+                self._inbox.accept(item)
+        return kept
 
     async def _second_try(self, request_id: str, variant: str, answer: RoutedAnswer, death: ReplicaDied) -> str:
         """Where a request goes whose replica died before its first token: to another one of its variant. Where none
@@ -352,6 +377,10 @@ class RoutedAnswer:
         self.disclosure = disclosure
         """Final with the first event."""
         self.mailbox = Mailbox(call.requests, lambda event: self._trace.observe(event))
+
+    @property
+    def trace(self) -> Trace:
+        return self._trace
 
     def move(self, link: Link, disclosure: Disclosure, trace: Trace) -> None:
         """Another variant answers; the first one has failed, and its record says so."""

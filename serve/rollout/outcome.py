@@ -22,7 +22,9 @@ class Drift:
     """How far one answer lay from the reference's view of it, over `tokens` scored positions (KL in nats per token).
 
     `nll_ratio_tokens` counts the positions where a perplexity ratio is fair (prompt tokens, or text that the stable
-    variant served); the two sums are over those. `flipped`: the reference's whole greedy answer differs (None:
+    variant served); the two sums are over those. `kl_p50`, `kl_p99`: over tokens. `delta_p_mean`: the variant's
+    probability of the served token minus the reference's. `first_divergence`: the first answer token where the
+    likeliest tokens differ (None: nowhere). `flipped`: the reference's whole greedy answer differs (None:
     unknown).
     """
 
@@ -35,6 +37,10 @@ class Drift:
     nll_reference_nats: float = 0.0
     nll_ratio_tokens: int = 0
     flipped: bool | None = None
+    kl_p50: float = 0.0
+    kl_p99: float = 0.0
+    delta_p_mean: float = 0.0
+    first_divergence: int | None = None
 
     @property
     def top1_agreement(self) -> float:
@@ -56,6 +62,10 @@ class Outcome:
     warm_up: sent to warm the variant, or served by a replica that had just started.
     shadow: mirrored; `pair` then is the record number of the request it mirrors (same ingress).
     looping: the answer repeats itself to its end.
+    empty: it ended well, and there is nothing to read in it although something was asked for.
+    agreed_tokens: of a shadow: how many tokens of the served answer it repeats before the first that differs.
+    reading: of an answer that the reference served: how another variant, `read_by`, reads the same text. It is that
+        variant's drift, on text that no compressed variant has sampled.
     """
 
     record: int
@@ -82,6 +92,10 @@ class Outcome:
     pair: int | None = None
     looping: bool = False
     drift: Drift | None = None
+    empty: bool = False
+    agreed_tokens: int | None = None
+    read_by: str | None = None
+    reading: Drift | None = None
 
     @property
     def is_open(self) -> bool:
@@ -99,9 +113,10 @@ class Outcome:
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Outcome:
         values = check_keys("outcome", mapping, cls)
-        if drift := values.pop("drift", None):
-            drift = Drift(**check_keys("outcome.drift", drift, Drift))
-        return cls(**values, drift=drift)
+        for key in ("drift", "reading"):
+            if drift := values.get(key):
+                values[key] = Drift(**check_keys(f"outcome.{key}", drift, Drift))
+        return cls(**values)
 
 
 _REQUIRED = object()
