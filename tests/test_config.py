@@ -98,7 +98,12 @@ def test_every_variant_fits_beside_the_others(cpus: int, gpus: int, count: int) 
         ({"traffic": {"sticky": "cookie"}}, "traffic.sticky", "'user', 'header' or 'none'"),
         ({"api": {"limits": {"body_byte": 1}}}, "api.limits.body_byte", "did you mean 'body_bytes'?"),
         ({"api": {"keys": ["short"]}}, "api.keys[0]", "at least 8 characters"),
-        ({"drift": {"sample_rate": 0.1}}, "drift", "allowed: model, variants"),
+        ({"drifts": {"sample_rate": 0.1}}, "drifts", "did you mean 'drift'?"),
+        ({"drift": {"rate": 0.1}}, "drift.rate", "allowed: reference, sample_rate"),
+        ({"drift": {"sample_rate": 2}}, "drift.sample_rate", "less than or equal to 1"),
+        ({"drift": {"reference": "nf4"}}, "drift.reference", "allowed: bf16, small"),
+        ({"traffic": {"shadow": {"nf4": 0.1}}}, "traffic.shadow", "allowed: bf16, small"),
+        ({"traffic": {"shadow": {"small": 10}}}, "traffic.shadow.small", "less than or equal to 1"),
     ],
 )
 def test_a_mistake_is_named_by_its_path(changes: dict[str, Any], path: str, told: str) -> None:

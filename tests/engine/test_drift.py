@@ -1,4 +1,4 @@
-"""Drift from a recording is what comparing two whole models would give, in little memory, and it says what is missing."""
+"""Drift from a recording is what comparing two whole models would give, in little memory, and says what is missing."""
 
 from __future__ import annotations
 
