@@ -150,7 +150,8 @@ class Pairing:
         self._side = side
         self._head = head
         self._targets = torch.tensor(recording.token_ids)
-        self._parts: list[TokenScores] = []
+        # Filled in place: small tensors that stay, between large ones that go, would keep the heap from shrinking.
+        self._scores = _room_for(min(len(recording.rows), len(recording.token_ids) - 1 - recording.first))
         self._next = recording.first
 
     def see(self, position: int, rows: Tensor) -> None:
@@ -166,7 +167,9 @@ class Pairing:
         read = read[: len(recorded)]
         targets = self._targets[position + 1 : position + 1 + len(recorded)]
         pair = (read, recorded) if self._side == "variant" else (recorded, read)
-        self._parts.append(score_rows(*pair, targets))
+        begin = position - self.first
+        for name, values in vars(score_rows(*pair, targets)).items():
+            getattr(self._scores, name)[begin : begin + len(values)] = values
 
     def _recorded(self, position: int, count: int) -> Tensor:
         """The logits that were served, `[count, vocab]`."""
@@ -181,12 +184,26 @@ class Pairing:
 
     def scores(self) -> Scores:
         """Once the reader has seen the whole text. Raises ValueError if it has not."""
-        wanted = min(len(self._recording.rows), len(self._recording.token_ids) - 1 - self.first)
+        whole = self._scores
+        wanted = len(whole.record)
         if self._next - self.first < wanted:
             raise ValueError(f"{self._next - self.first} of {wanted} positions were scored")
-        whole = TokenScores.join(self._parts)
         answered = torch.arange(len(whole.record)) + self.first >= self._recording.prompt_tokens - 1
         return _scores(whole, answered, fair=~answered if self._side == "variant" else torch.ones_like(answered))
+
+
+def _room_for(count: int) -> TokenScores:
+    numbers = torch.zeros(3, count, dtype=torch.float64)
+    flags = torch.zeros(3, count, dtype=torch.bool)
+    return TokenScores(
+        kl_divergence=numbers[0],
+        nll_reference=numbers[1],
+        nll_variant=numbers[2],
+        same_top=flags[0],
+        right_reference=flags[1],
+        right_variant=flags[2],
+        record=torch.zeros(count, dtype=torch.int64),
+    )
 
 
 def _scores(whole: TokenScores, answered: Tensor, fair: Tensor) -> Scores:
