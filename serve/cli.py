@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from serve.commands import artifacts, rollout
+from serve.commands.advise import advise
 from serve.commands.bench import bench
 from serve.commands.compress import compress
 from serve.commands.distill import distill
@@ -68,6 +69,7 @@ def serve(
 app.command()(compress)
 app.command()(evaluate)
 app.command()(bench)
+app.command()(advise)
 app.command()(distill)
 app.command()(sensitivity)
 app.add_typer(artifacts.app, name="artifacts")
