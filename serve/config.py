@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from serve.api import ApiSettings, Keys, Limits
 from serve.api.settings import StickySource
 from serve.compression.calibration import Calibration
+from serve.compression.hub_text import PREFIX as HUB_PREFIX
 from serve.compression.recipe import Recipe
 from serve.engine.settings import EngineSettings
 from serve.errors import ConfigError, HalftoneError
@@ -113,7 +114,9 @@ def _calibration(value: object) -> Calibration:
     for key in ("num_samples", "max_tokens", "seed"):
         if key in given and (isinstance(given[key], bool) or not isinstance(given[key], int)):
             raise ConfigError(key, f"must be a whole number, got {given[key]!r}")
-    return Calibration(**{**given, "file": Path(given["file"]).expanduser().resolve()})
+    hub = given["file"].startswith(HUB_PREFIX)
+    file = Path(given["file"]) if hub else Path(given["file"]).expanduser().resolve()
+    return Calibration(**{**given, "file": file})
 
 
 def _limits(value: object) -> Limits:

@@ -31,7 +31,11 @@ Recipes = Annotated[
     list[str], typer.Option("--recipe", help="What to do to the weights, as gptq4-g64 or wanda50+int8 (repeatable).")
 ]
 CalibrationFile = Annotated[
-    Path | None, typer.Option("--calibration", help="Text or JSONL to calibrate on. Default: the bundled stories.")
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Text, JSONL or Parquet to calibrate on, or hub:OWNER/NAME[:FILE]. Default: the bundled stories.",
+    ),
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="Records of the calibration text to take.")]
 SampleTokens = Annotated[

@@ -1,7 +1,8 @@
 """The text that a compression method looks at: which file, how much of it, and what it says.
 
-Samples are whole records of a JSONL file (`{"text": ...}`) or the paragraphs of a plain text file, the first
-`num_samples` of them, or as many drawn by `seed`. The same facts always give the same samples.
+Samples are whole records of a JSONL or Parquet file (`{"text": ...}`) or the paragraphs of a plain text file, local or
+of a dataset on the Hub (`hub:OWNER/NAME`, see `hub_text`): the first `num_samples` of them, or as many drawn by `seed`.
+The same facts always give the same samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.compression import digests
+from serve.compression import digests, hub_text
 from serve.errors import CalibrationError
 
 __all__ = ["Calibration", "bundled"]
@@ -22,7 +23,9 @@ __all__ = ["Calibration", "bundled"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """`max_tokens` cuts each sample (None: the model's context); `seed` None takes the first samples."""
+    """`file` is a path, or begins with `hub:`. `max_tokens` cuts each sample (None: the model's context); `seed`
+    None takes the first samples.
+    """
 
     file: Path
     num_samples: int = 128
@@ -37,20 +40,19 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What a fingerprint covers: the file's contents count, not its name."""
+        return {**asdict(self), "file": digests.of_file(self.located())}
+
+    def located(self) -> Path:
+        """The local file; one of a dataset on the Hub is downloaded first."""
+        if str(self.file).startswith(hub_text.PREFIX):
+            return hub_text.locate(str(self.file))
         if not self.file.is_file():
             raise CalibrationError(f"{self.file}: no such calibration file")
-        return {**asdict(self), "file": digests.of_file(self.file)}
+        return self.file
 
     def texts(self) -> list[str]:
         """The chosen samples; raise `CalibrationError` naming the line that cannot be read, or if there is none."""
-        if not self.file.is_file():
-            raise CalibrationError(f"{self.file}: no such calibration file")
-        try:
-            content = self.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{self.file}: not UTF-8 text (byte {error.start})") from error
-        records = _records(self.file, content) if self.file.suffix == ".jsonl" else re.split(r"\n\s*\n", content)
-        texts = [text for text in records if text.strip()]
+        texts = [text for text in _read(self.located()) if text.strip()]
         if not texts:
             raise CalibrationError(f"{self.file}: holds no text to calibrate on")
         if self.seed is not None:
@@ -68,6 +70,28 @@ def bundled() -> Calibration:
     from serve.storyteller import CALIBRATION
 
     return Calibration(CALIBRATION)
+
+
+def _read(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        return _parquet(file)
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    return _records(file, content) if file.suffix == ".jsonl" else re.split(r"\n\s*\n", content)
+
+
+def _parquet(file: Path) -> list[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise CalibrationError(f"{file}: Parquet needs pyarrow: pip install 'halftone[datasets]'") from error
+    try:
+        column = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    except (ArrowException, OSError, KeyError) as error:
+        raise CalibrationError(f"{file}: no Parquet file with a column of text ({error})") from error
+    return [text for text in column if isinstance(text, str)]
 
 
 def _records(file: Path, content: str) -> list[str]:

@@ -94,3 +94,48 @@ def test_an_override_that_looks_at_text_is_calibrated_and_fingerprinted(shared: 
     few, other = (load(tiny, recipe, device="cpu", calibration=Calibration(calib, count)) for count in (2, 3))
     assert few.report.calibration_tokens > 0
     assert few.fingerprint != other.fingerprint
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset in the Hub's cache as a download leaves it, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "hub" / "datasets--someone--stories", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    return repository / "snapshots" / commit
+
+
+def test_a_dataset_of_the_hub_is_read_and_fingerprinted_by_its_contents(hub: Path, tmp_path: Path) -> None:
+    (hub / "README.md").write_text("About stories.")
+    (hub / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "same.jsonl").write_bytes((hub / "train.jsonl").read_bytes())
+    for spec in ("hub:someone/stories", "hub:someone/stories:train.jsonl", "hub:someone/stories:train.jsonl@main"):
+        found = Calibration(Path(spec))
+        assert found.texts() == ["one", "two"]
+        assert found.to_dict() == Calibration(tmp_path / "same.jsonl").to_dict()
+
+
+def test_what_the_hub_cannot_give_is_told_with_the_remedy(hub: Path) -> None:
+    for number in range(8):
+        (hub / f"part-{number}.txt").write_text("text")
+    with pytest.raises(CalibrationError, match=r"hub:someone/stories:FILE of part-0.txt, .* and 2 more"):
+        Calibration(Path("hub:someone/stories")).texts()
+    for spec in ("hub:someone/other", "hub:someone/stories:absent.jsonl"):
+        with pytest.raises(CalibrationError, match="offline, use a local file"):
+            Calibration(Path(spec)).texts()
+    with pytest.raises(CalibrationError, match="not of the form"):
+        Calibration(Path("hub:")).texts()
+
+
+def test_parquet_is_read_by_its_text_column(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["one", None, "two"], "id": [1, 2, 3]}), tmp_path / "text.parquet")
+    assert Calibration(tmp_path / "text.parquet").texts() == ["one", "two"]
+    parquet.write_table(arrow.table({"body": ["one"]}), tmp_path / "other.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    for name in ("other", "broken"):
+        with pytest.raises(CalibrationError, match="column of text"):
+            Calibration(tmp_path / f"{name}.parquet").texts()
