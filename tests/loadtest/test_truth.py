@@ -1,16 +1,19 @@
 """What is reported is what the server did: against one that writes down its own times, on the same clock.
 
 The bar is 2 % or 2 ms. On a busy machine a generator wakes late, and says how late (`loop_lag_s`): that much is
-allowed on top, so that the test measures the arithmetic and not the neighbours.
+allowed on top, so that the test measures the arithmetic and not the neighbours. `LOADTEST_STRICT=1` allows nothing on
+top: for a quiet machine, or at real-time priority (`sudo chrt -r 20 ...`).
 """
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+STRICT = os.environ.get("LOADTEST_STRICT") == "1"
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
 
 
@@ -23,11 +26,11 @@ def assert_true(result, metric, values):
     assert reported["count"] == len(values)
     for name, share in PERCENTILES.items():
         true_s = nearest_rank(values, share)
-        late_s = lag["p99"] if share <= 0.9 else lag["max"]
+        late_s = 0.0 if STRICT else lag["p99"] if share <= 0.9 else lag["max"]
         bar_s = max(0.002, 0.02 * true_s) + late_s
         assert reported[name] == pytest.approx(true_s, abs=bar_s), (metric, name)
     mean_s = sum(values) / len(values)
-    bar_s = max(0.002, 0.02 * mean_s) + lag["p99"]
+    bar_s = max(0.002, 0.02 * mean_s) + (0.0 if STRICT else lag["p99"])
     assert reported["mean"] == pytest.approx(mean_s, abs=bar_s), metric
 
 
