@@ -105,10 +105,10 @@ class Client:
         except errors.RequestError as error:
             exchange.error_kind, exchange.error_detail = error.kind, str(error)
         except TimeoutError:
-            exchange.error_kind = errors.RequestTimeoutError.kind
+            exchange.error_kind = errors.Kind.TIMEOUT
             exchange.error_detail = f"no complete answer in {self._timeout_s:g} s"
         except asyncio.CancelledError:
-            exchange.error_kind = errors.InterruptedRequestError.kind
+            exchange.error_kind = errors.Kind.INTERRUPTED
             exchange.error_detail = "stopped while in flight"
         exchange.ended_s = exchange.ended_s or time.monotonic()
         if connection is not None:
@@ -162,7 +162,7 @@ class _Connection(asyncio.Protocol):
     async def send(self, request: bytes, exchange: Exchange) -> None:
         """Returns when the answer is complete; raises RequestError where it cannot become so."""
         if self._transport is None:
-            raise errors.StreamCutError("the server closed the connection before the request left")
+            raise errors.RequestError(errors.Kind.CUT, "the server closed the connection before the request left")
         self._parser = httptools.HttpResponseParser(self)
         self._exchange = exchange
         self._delimited = False
@@ -198,7 +198,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(errors.MalformedResponseError(f"not HTTP: {error!r}"))
+            self._fail(errors.RequestError(errors.Kind.MALFORMED, f"not HTTP: {error!r}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -209,7 +209,7 @@ class _Connection(asyncio.Protocol):
             self._now_s = time.monotonic()
             self.on_message_complete()  # a body without a length ends with its connection
         else:
-            self._fail(errors.StreamCutError(_how_cut(exchange, error)))
+            self._fail(errors.RequestError(errors.Kind.CUT, _how_cut(exchange, error)))
 
     # what llhttp calls
 

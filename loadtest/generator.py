@@ -26,7 +26,7 @@ from loadtest.settings import Load, Settings
 from loadtest.workload import Conversation, Workload
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-NOBODY_THERE = (errors.ConnectError.kind, errors.NameResolutionError.kind, errors.TLSError.kind)
+NOBODY_THERE = (errors.Kind.CONNECT, errors.Kind.DNS, errors.Kind.TLS)
 PAUSE_AFTER_REFUSAL_S = 0.1
 TICK_S = 0.01
 TRY_LATER = (429, 503)
@@ -216,7 +216,7 @@ class Generator:
                         break
                     await asyncio.sleep(1.0 if retry_after_s is None else retry_after_s)
         except asyncio.CancelledError:  # while waiting for a place or for a Retry-After
-            exchange.error_kind = errors.InterruptedRequestError.kind
+            exchange.error_kind = errors.Kind.INTERRUPTED
             exchange.error_detail = "stopped before it was sent"
             exchange.ended_s = time.monotonic()
         finally:

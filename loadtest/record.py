@@ -75,7 +75,7 @@ class Record:
 
     @property
     def interrupted(self) -> bool:
-        return self.error == errors.InterruptedRequestError.kind
+        return self.error == errors.Kind.INTERRUPTED
 
     @property
     def tokens(self) -> int:
@@ -181,7 +181,7 @@ def _read_answer(capture: Capture, answer: _Answer) -> None:
     if exchange.status is None:
         return
     if not 200 <= exchange.status < 300:
-        raise errors.HTTPStatusError(exchange.status, _message(exchange.body))
+        raise errors.RequestError(f"http_{exchange.status}", _message(exchange.body))
     if capture.streamed:
         _read_stream(exchange, answer)
     else:
@@ -200,14 +200,16 @@ def _read_stream(exchange: Exchange, answer: _Answer) -> None:
         at_s = exchange.times_s[bisect_left(arrived, event.end)]
         _read_chunk(_json(event.data), at_s, answer)
     if stream.stray_lines:
-        raise errors.MalformedResponseError(f"{stream.stray_lines} lines of the stream are no server-sent event")
+        raise errors.RequestError(
+            errors.Kind.MALFORMED, f"{stream.stray_lines} lines of the stream are no server-sent event"
+        )
     if not done and answer.finish_reason is None:
-        raise errors.StreamCutError("the stream ended without [DONE] and without a finish_reason")
+        raise errors.RequestError(errors.Kind.CUT, "the stream ended without [DONE] and without a finish_reason")
 
 
 def _read_chunk(chunk: dict[str, Any], at_s: float, answer: _Answer) -> None:
     if chunk.get("error"):
-        raise errors.ServerReportedError(_error_message(chunk["error"]))
+        raise errors.RequestError(errors.Kind.SERVER_ERROR, _error_message(chunk["error"]))
     if isinstance(chunk.get("usage"), dict):
         answer.usage = _counts(chunk["usage"])
     text = _read_choices(chunk, "delta", answer)
@@ -219,9 +221,9 @@ def _read_chunk(chunk: dict[str, Any], at_s: float, answer: _Answer) -> None:
 def _read_plain(exchange: Exchange, answer: _Answer) -> None:
     reply = _json(bytes(exchange.body))
     if reply.get("error"):
-        raise errors.ServerReportedError(_error_message(reply["error"]))
+        raise errors.RequestError(errors.Kind.SERVER_ERROR, _error_message(reply["error"]))
     if not reply.get("choices"):
-        raise errors.MalformedResponseError("the answer has no choices")
+        raise errors.RequestError(errors.Kind.MALFORMED, "the answer has no choices")
     answer.usage = _counts(reply["usage"]) if isinstance(reply.get("usage"), dict) else {}
     answer.texts.append(_read_choices(reply, "message", answer))
 
@@ -238,16 +240,16 @@ def _read_choices(reply: dict[str, Any], part: str, answer: _Answer) -> str:
             texts += [call["function"].get("arguments") or "" for call in message.get("tool_calls") or ()]
         return "".join(texts)
     except (AttributeError, KeyError, TypeError) as error:
-        raise errors.MalformedResponseError(f"choices of an unknown shape: {error!r}") from error
+        raise errors.RequestError(errors.Kind.MALFORMED, f"choices of an unknown shape: {error!r}") from error
 
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise errors.MalformedResponseError(f"not JSON: {data[:80]!r}") from error
+        raise errors.RequestError(errors.Kind.MALFORMED, f"not JSON: {data[:80]!r}") from error
     if not isinstance(value, dict):
-        raise errors.MalformedResponseError(f"not a JSON object: {data[:80]!r}")
+        raise errors.RequestError(errors.Kind.MALFORMED, f"not a JSON object: {data[:80]!r}")
     return value
 
 
@@ -258,7 +260,7 @@ def _counts(usage: dict[str, Any]) -> dict[str, int]:
 def _message(body: bytearray) -> str:
     try:
         reply = _json(bytes(body))
-    except errors.MalformedResponseError:
+    except errors.RequestError:
         return bytes(body).decode("utf-8", "replace").strip()
     return _error_message(reply.get("error") or reply.get("message") or reply.get("detail") or reply)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.errors import InterruptedRequestError
+from loadtest.errors import Kind
 from loadtest.record import Record
 from loadtest.results import Json
 from loadtest.settings import METRICS_WITH_LIMITS, Load, Settings
@@ -213,7 +213,7 @@ def _examples(judged: Sequence[Record]) -> dict[str, str]:
     """One message of each kind of failure."""
     found: dict[str, str] = {}
     for record in judged:
-        if record.error is not None and record.error != InterruptedRequestError.kind:
+        if record.error is not None and record.error != Kind.INTERRUPTED:
             found.setdefault(record.error, record.error_detail)
     return found
 
