@@ -36,6 +36,7 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option(help="Also time the engine, as `halftone bench` does.")] = True,
     details: Annotated[bool, typer.Option("--details", help="Print all of each recipe's statistics.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for a document instead.")] = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     fresh: options.Fresh = False,
@@ -84,7 +85,7 @@ def evaluate(
     attempts = Attempts(evaluation.failed)
     with attempts.all(remarks):
         evaluation.run(Steps((len(parsed) + 1) * (2 if speed else 1), remarks))
-    _show(evaluation, details=details, as_json=as_json)
+    _show(evaluation, details=details, as_json=as_json, as_markdown=as_markdown)
     if plot is not None and evaluation.rows:
         from serve.evaluation.plot import draw
 
@@ -93,13 +94,16 @@ def evaluate(
     attempts.finish()
 
 
-def _show(evaluation: Evaluation, *, details: bool, as_json: bool) -> None:
+def _show(evaluation: Evaluation, *, details: bool, as_json: bool, as_markdown: bool) -> None:
+    from serve.commands.evaluation_markdown import markdown
     from serve.commands.evaluation_table import print_details, print_tables
     from serve.commands.terminal import print_json, standard_output
     from serve.evaluation.result import plain
 
     if as_json:
         print_json(plain(evaluation.to_dict()))
+    elif as_markdown:
+        print(markdown(evaluation))
     elif evaluation.rows:
         print_tables(evaluation, standard_output())
         if details:

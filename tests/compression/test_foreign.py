@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.compression.calibration import Calibration
 from serve.compression.export.gptq import _gptq_tensors, _pack
@@ -101,6 +102,47 @@ def test_an_exported_checkpoint_gives_the_same_logits(
     assert found.tokenizer("One day").input_ids == ours.tokenizer("One day").input_ids
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+def by_specification(tensors: dict[str, Tensor], bits: int, zero_offset: int) -> Tensor:
+    """AutoGPTQ's format in float64, from its words read as one long little-endian integer: `[out, in]`."""
+
+    def codes(words: Tensor) -> Tensor:  # int32 [rows, words]
+        rows = [int.from_bytes(row.numpy().tobytes(), "little") for row in words.contiguous()]
+        count = words.shape[1] * 32 // bits
+        return torch.tensor([[row >> (bits * k) & (2**bits - 1) for k in range(count)] for row in rows])
+
+    weight = codes(tensors["qweight"].t())
+    zeros = codes(tensors["qzeros"])[:, : weight.shape[0]] + zero_offset
+    group = tensors["g_idx"].long()
+    return (weight - zeros.t()[:, group]).double() * tensors["scales"].double().t()[:, group]
+
+
+@pytest.mark.parametrize(("recipe", "bits", "zero_offset"), [
+    ("rtn4-g64", 4, 1), ("rtn4-g64-asym", 4, 0), ("rtn3-g32", 3, 1), ("rtn8-g32", 8, 1), ("gptq4-g32-asym-act", 4, 0),
+    ("gptq2-g32", 2, 1),
+])  # fmt: skip
+def test_an_independent_decoder_of_the_format_gives_transformers_the_same_logits(
+    tiny: Path, tmp_path: Path, calibration: Calibration, recipe: str, bits: int, zero_offset: int
+) -> None:
+    out = tmp_path / "out"
+    compress_to(str(tiny), Recipe.parse(f"fp32+{recipe}"), out, format="gptq", calibration=calibration)
+    config = json.loads((out / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert settings["checkpoint_format"] == ("gptq" if zero_offset else "gptq_v2")
+    shards = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: value for file in set(shards.values()) for name, value in load_file(out / file).items()}
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        own = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors[f"{name}.weight"] = by_specification(own, bits, zero_offset).float()
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    with torch.no_grad():
+        expected = model(torch.arange(3, 60)[None]).logits
+    ours = logits(load(str(tiny), Recipe.parse(f"fp32+{recipe}"), calibration=calibration))
+    assert (ours - expected).abs().mean() < 2e-3 * expected.std()  # scales are fp16 in the file
 
 
 def test_a_cut_model_and_skipped_layers_are_exported_as_they_are(

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from serve.bench import Bench, Speed
+from serve.commands.evaluation_markdown import markdown
 from serve.commands.evaluation_table import print_details, print_tables
 from serve.compression.artifact import Store
 from serve.compression.calibration import Calibration
@@ -233,3 +234,14 @@ def test_an_artifact_remembers_what_was_measured_on_it(tmp_path: Path, monkeypat
     assert loaded.report.quality["kl_divergence"] == found.divergence["kl_divergence"]["mean"]
     assert expected_of(loaded.report.to_dict()["quality"]).top1_agreement == found.divergence["top1_agreement"]
     Store(tmp_path / "store").open(loaded.fingerprint).verify()
+
+
+def test_the_document_gets_the_measured_rows(evaluation: Evaluation) -> None:
+    text = markdown(evaluation).splitlines()
+    tables = [line for line in text if line.startswith("| `")]
+    assert [line.split("`")[1] for line in tables] == [*RECIPES, *RECIPES]  # quality, then speed
+    int8 = evaluation.rows[2]
+    assert f"| {int8.bytes:,} | {int8.compression_ratio:.2f} |" in tables[2]
+    assert tables[5].endswith(f"| {int8.efficiency:.2f} |")
+    untimed = replace(evaluation, rows=[replace(row, bench=None) for row in evaluation.rows])
+    assert len([line for line in markdown(untimed).splitlines() if line.startswith("| `")]) == len(RECIPES)
