@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,38 @@ def test_an_independent_decoder_of_the_format_gives_transformers_the_same_logits
         expected = model(torch.arange(3, 60)[None]).logits
     ours = logits(load(str(tiny), Recipe.parse(f"fp32+{recipe}"), calibration=calibration))
     assert (ours - expected).abs().mean() < 2e-3 * expected.std()  # scales are fp16 in the file
+
+
+READ = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=128, max_num_seqs=1)
+    settings = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
+    answer = model.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], settings)[0]
+    found = [{int(k): v.logprob for k, v in place.items()} for place in answer.prompt_logprobs if place]
+    print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_reads_what_we_export(tmp_path: Path, calibration: Calibration) -> None:
+    """Not part of the locked environment; skipped where vLLM is not installed (`HALFTONE_PEERS`)."""
+    vllm = Path(os.environ.get("HALFTONE_PEERS", Path(__file__).parents[2] / ".peers")) / "vllm/bin/python"
+    if not vllm.exists() or subprocess.run([vllm, "-c", "import vllm"], capture_output=True).returncode:
+        pytest.skip(f"no vLLM in {vllm.parents[1]}")
+    ids, out = [1, 400, 410, 500, 600, 700, 300, 290, 450, 333, 800, 900], tmp_path / "out"
+    compress_to("builtin:storyteller", Recipe.parse("gptq4-g64"), out, format="gptq", calibration=calibration)
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    arguments = [vllm, "-c", READ, str(out), json.dumps(ids)]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment, timeout=280)
+    line = next(line for line in done.stdout.splitlines() if "RESULT" in line)
+    found = json.loads(line.partition("RESULT")[2])
+    with torch.no_grad():
+        ours = load(str(out), Recipe.parse("fp32")).model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    differences = [abs(ours[n, int(k)].item() - value) for n, place in enumerate(found) for k, value in place.items()]
+    assert sum(differences) / len(differences) < 0.06  # bf16 activations and logits
+    assert max(differences) < 0.3
 
 
 def test_a_cut_model_and_skipped_layers_are_exported_as_they_are(
