@@ -1,0 +1,187 @@
+"""Rollouts on a real local Ray cluster under load: promoted, crashed and rolled back, killed and resumed.
+
+One server for the tests of this file, which follow one another; only the last one starts a second, after killing all.
+Minimum samples, hold times and margins are as small as statistics allow; the margins of latencies are wide, for the
+machine may be busy with other things.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.running import Halftone
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+CONFIG = """
+model: {name: storyteller, source: "builtin:storyteller"}
+variants:
+  - {name: fp32, recipe: fp32}
+  - {name: int8, recipe: int8}
+traffic: {stable: fp32, weights: {fp32: 100}}
+"""
+OFF = dict.fromkeys(("degenerate", "e2e_own_load", "output_length", "kl_divergence", "top1_agreement", "ttft", "itl"))
+PLAN: dict[str, Any] = {
+    "guards": {**OFF, "error_rate": 0.2, "e2e": {"margin": 9.0}},
+    "block_s": 0.5,
+    "settle_s": 0.0,
+    "steps": [{"weight": 30, "min_samples": 20, "hold_s": 1}, {"weight": 60, "min_samples": 20, "hold_s": 1}],
+}
+SLOW = {**PLAN, "steps": [{"weight": 50, "min_samples": 100_000, "hold_s": 1}]}
+
+
+@dataclass
+class Load:
+    """Some users who ask again and again, each as soon as the last answer has come."""
+
+    url: str
+    users: int = 6
+    seen: list[tuple[float, int, str]] = field(default_factory=list)  # asked at, status, variant
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Load:
+        self._threads = [threading.Thread(target=self._ask, args=(user,)) for user in range(self.users)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, user: int) -> None:
+        count = 0
+        with httpx.Client(timeout=60) as client:
+            while not self._stop.is_set():
+                count += 1
+                body = {"model": "storyteller", "prompt": "Once", "max_tokens": 4, "user": f"{user} {count % 50}"}
+                asked_s = time.time()
+                answer = client.post(f"{self.url}/v1/completions", json=body)
+                self.seen.append((asked_s, answer.status_code, answer.headers.get("x-halftone-variant", "")))
+                time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def server(state: Path) -> Iterator[Halftone]:
+    (state / "config.yaml").write_text(CONFIG)
+    with Halftone(str(state / "config.yaml"), state=state) as running:
+        yield running
+
+
+def start(server: Halftone, to: str, plan: dict[str, Any]) -> str:
+    answer = httpx.post(f"{server.url}/admin/rollouts", json={**plan, "to": to}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def show(server: Halftone, id: str) -> dict[str, Any]:
+    """DETAIL; empty while nobody answers."""
+    try:
+        answer = httpx.get(f"{server.url}/admin/rollouts/{id}", timeout=10)
+    except httpx.HTTPError:
+        return {}
+    return dict(answer.json()) if answer.status_code == 200 else {}
+
+
+def until(server: Halftone, id: str, *phases: str, timeout_s: float = 120.0) -> dict[str, Any]:
+    server.wait_until(lambda: show(server, id).get("phase") in phases, timeout_s)
+    return show(server, id)
+
+
+def test_int8_is_promoted_through_all_steps_under_load(server: Halftone) -> None:
+    with Load(server.url) as load:
+        server.wait_until(lambda: len(load.seen) > 20, 60)
+        id = start(server, "int8", PLAN)
+        told = until(server, id, "succeeded", "rolled_back", "failed")
+        before = len(load.seen)
+        server.wait_until(lambda: len(load.seen) > before + 40)
+    assert told["phase"] == "succeeded", told["sentence"]
+    moves = [(line["phase"], line["weight"]) for line in told["lines"] if line["phase"]]
+    assert moves == [("progressing", 30.0), ("progressing", 60.0), ("promoting", 100.0), ("succeeded", 100.0)]
+    assert {status for _, status, _ in load.seen} == {200}
+    assert {variant for _, _, variant in load.seen[before + load.users :]} == {"int8"}
+    assert httpx.get(f"{server.url}/admin/traffic").json()["stable"] == "int8"
+
+
+def test_a_canary_that_crashes_again_and_again_is_rolled_back_at_once_and_nobody_is_lost(server: Halftone) -> None:
+    with Load(server.url) as load:
+        id = start(server, "fp32", SLOW)
+        server.wait_until(lambda: sum(variant == "fp32" for _, _, variant in load.seen) > 10, 60)
+        killed_s = time.time()
+        server.worker("variant-fp32").kill()
+        until(server, id, "rolling_back", "rolled_back", timeout_s=20)
+        for _ in range(3):
+            time.sleep(1.0)
+            for process in server.family():
+                if ":variant-fp32" in "".join(_command(process)):
+                    process.kill()
+        told = until(server, id, "rolled_back")
+    assert told["decisive"] == "crash"
+    rolled_back_s = next(line["at_s"] for line in told["lines"] if line["phase"] == "rolling_back")
+    assert rolled_back_s - killed_s < 5.0
+    assert not [asked_s for asked_s, _, variant in load.seen if variant == "fp32" and asked_s > rolled_back_s + 2.0]
+    lost = [(asked_s, status, variant) for asked_s, status, variant in load.seen if status != 200]
+    assert len(lost) <= load.users  # those whose tokens had begun to come
+    assert all(variant == "fp32" and asked_s <= killed_s for asked_s, _, variant in lost)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_a_killed_controller_goes_on_at_the_same_step_with_the_same_evidence(server: Halftone) -> None:
+    server.wait_until(lambda: server.metric("replicas", variant="fp32", state="ready") == 1, 120)
+    with Load(server.url, users=4) as load:
+        id = start(server, "fp32", SLOW)
+        server.wait_until(lambda: show(server, id)["n_step"]["canary"] > 20, 60)
+        before = show(server, id)
+        server.worker("controller").kill()
+        server.wait_until(lambda: show(server, id).get("n_step", {}).get("canary", 0) > 0, 60)
+        after = show(server, id)
+        assert (after["phase"], after["step"], after["split"]) == ("progressing", 0, before["split"])
+        assert after["n_step"]["canary"] >= before["n_step"]["canary"]
+        assert after["n_step"]["stable"] >= before["n_step"]["stable"]
+        server.wait_until(lambda: show(server, id)["n_step"]["canary"] > after["n_step"]["canary"] + 10, 60)
+    assert {status for _, status, _ in load.seen} == {200}
+
+
+def test_a_server_that_is_killed_whole_resumes_its_rollout_when_it_starts_again(server: Halftone, state: Path) -> None:
+    (id,) = [row["id"] for row in httpx.get(f"{server.url}/admin/rollouts").json()["rollouts"] if not row["ended"]]
+    before = show(server, id)
+    family = server.family()
+    os.killpg(server.process.pid, signal.SIGKILL)
+    for process in family:
+        if process.is_running():
+            process.kill()
+    server.stop()
+    with Halftone(str(state / "config.yaml"), state=state) as again:
+        told = show(again, id)
+        assert (told["phase"], told["step"], told["split"]) == ("progressing", 0, before["split"])
+        assert told["n_step"] == before["n_step"]
+        again.wait_until(lambda: server_takes_orders(again, id), 30)
+        assert show(again, id)["phase"] == "aborted"
+
+
+def server_takes_orders(server: Halftone, id: str) -> bool:
+    """It is in office: the dead one's lease has run out."""
+    return httpx.post(f"{server.url}/admin/rollouts/{id}/abort", json={}, timeout=10).status_code == 200
