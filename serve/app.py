@@ -132,9 +132,12 @@ class _ControllerDeployment:
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]
         from serve.controller import Controller
         from serve.progression import Progression
+        from serve.webhooks import Webhooks
 
         self._controller = Controller(config)
-        self._rollouts = Progression(config, self._controller)
+        self._webhooks = Webhooks(config.model_name, config.rollouts.webhooks)
+        self._webhooks.open()
+        self._rollouts = Progression(config, self._controller, announce=self._webhooks.announce)
         await self._rollouts.open()
 
     async def replica(self, beat: ReplicaBeat) -> bool:
@@ -167,6 +170,7 @@ class _ControllerDeployment:
 
     async def __del__(self) -> None:  # Serve awaits it
         await self._rollouts.close()
+        await self._webhooks.close()
 
 
 @rayserve.ingress()

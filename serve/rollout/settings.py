@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["RolloutSettings", "Webhook"]
 
@@ -12,7 +12,7 @@ class Webhook:
     """Where transitions are announced. `secret` signs each body; only what the configuration lists is ever called."""
 
     url: str
-    secret: str
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True)
