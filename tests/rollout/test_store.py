@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from serve.errors import ConfigError
 from serve.rollout import Batch, Guard, Outcome, Plan, Rollout, Shadow, Split, Step
-from serve.rollout.store import LeaseLost, Store
+from serve.rollout.store import Lease, LeaseLost, Store
 
 BASE = Split("bf16", {"bf16": 80.0, "nf4": 20.0}, salt="s")
 PLAN = Plan(
@@ -20,9 +22,11 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'rollouts.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'rollouts.db'}"
+    return str(request.getfixturevalue("postgresql"))
 
 
 @pytest.fixture
@@ -138,6 +142,22 @@ def test_a_new_process_sees_what_the_old_one_wrote(url: str, store: Store) -> No
     assert loaded
     assert loaded.state.phase == "aborted"
     again.close()
+
+
+def test_two_controllers_that_ask_at_the_same_moment_do_not_both_get_the_office(url: str) -> None:
+    """Each with a connection of its own, in threads: one of them is in office, and only its fence may write."""
+    stores = [Store(url) for _ in range(4)]
+    start = threading.Barrier(len(stores))
+
+    def ask(number: int) -> Lease | None:
+        start.wait()
+        return stores[number].acquire(f"controller-{number}", 0.0, 10.0)
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        leases = list(pool.map(ask, range(len(stores))))
+    assert sum(lease is not None for lease in leases) == 1
+    for store in stores:
+        store.close()
 
 
 def test_old_parcels_are_dropped_beyond_the_limit() -> None:
