@@ -28,7 +28,7 @@ from serve import loopback
 from serve.config import Config, default_config, load_config, parse_config
 from serve.errors import ConfigError
 from serve.generation import GenerationRequest, Prompt
-from serve.heartbeat import IngressBeat, ReplicaBeat, View
+from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, View
 from serve.hop import Parcel
 from serve.pairs import Kept, Scores, Side
 from serve.remote import Handle
@@ -140,7 +140,7 @@ class _ControllerDeployment:
         self._rollouts = Progression(config, self._controller, announce=self._webhooks.announce)
         await self._rollouts.open()
 
-    async def replica(self, beat: ReplicaBeat) -> bool:
+    async def replica(self, beat: ReplicaBeat) -> Orders:
         return self._controller.replica(beat)
 
     async def ingress(self, beat: IngressBeat) -> View:

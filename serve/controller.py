@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from serve import metrics
 from serve.config import Config
 from serve.errors import ConfigError
-from serve.heartbeat import IngressBeat, ReplicaBeat, VariantState, View
+from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, State, VariantState, View
 from serve.metrics import Ledger, Recorder, Snapshot, VariantLabels
 from serve.office import Scene
 from serve.rollout import Split, kl_guard_nats
+from serve.room import room_for
 
 __all__ = ["Controller"]
 
@@ -60,19 +61,21 @@ class Controller:
         self._ingresses: dict[str, _Seen] = {}
         self._reports: dict[str, Mapping[str, Any]] = {}
         self._ledger = Ledger()
+        self._freed: frozenset[str] = frozenset()
         self._told_of_death: list[Callable[[str], None]] = []
 
-    def replica(self, beat: ReplicaBeat) -> bool:
-        """Take a replica's report; True asks it to send its load report again."""
+    def replica(self, beat: ReplicaBeat) -> Orders:
+        """Take a replica's report and tell it what it is to do."""
         self._ledger.update(beat.process, beat.snapshot)
         if beat.report is not None:
             self._reports[beat.variant] = beat.report
         if beat.leaving:
             self._forget(beat.process)
-            return False
+            return Orders()
         self._replicas[beat.process] = _Heard(beat, self._clock(), self._ready_since(beat))
         self._sweep()
-        return beat.state == "ready" and beat.variant not in self._reports
+        wanted = beat.state == "ready" and beat.variant not in self._reports
+        return Orders(wanted, resident=beat.variant not in self._freed)
 
     def ingress(self, beat: IngressBeat) -> View:
         """Take an ingress's report and answer with the view. A newer split than ours is one that we have forgotten."""
@@ -109,6 +112,14 @@ class Controller:
         """Put a rollout's split in force, unless a newer one is."""
         if split.revision > self._split.revision and self._knows(split):
             self._split = split
+
+    def free(self, variants: frozenset[str]) -> None:
+        """These give their memory back, all others have theirs; the replicas learn it with their next beat."""
+        self._freed = variants
+
+    def room_for(self, canary: str) -> str:
+        """Whether there is memory for it beside the stable variant: the arithmetic, or a Conflict with it."""
+        return room_for(canary, self._split.stable, [heard.beat for heard in self._replicas.values()])
 
     def scene(self) -> Scene:
         """What a rollout may know of the rest."""
@@ -225,7 +236,7 @@ class Controller:
             recorder.set(metrics.TRAFFIC_WEIGHT, labels, weight / 100.0)
             if state.name != self._split.stable:
                 recorder.set(metrics.DRIFT_GUARD, labels, kl_guard_nats(state.precision))
-            for kind in ("loading", "ready", "failed"):
+            for kind in get_args(State):
                 recorder.set(metrics.REPLICAS, labels, self._count(state.name, kind), kind)
         return recorder.snapshot()
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from serve.metrics import Snapshot
 from serve.rollout import Batch, Split
 
-__all__ = ["IngressBeat", "ReplicaBeat", "State", "VariantState", "View", "serving"]
+__all__ = ["IngressBeat", "Orders", "ReplicaBeat", "State", "VariantState", "View", "serving"]
 
-State = Literal["loading", "ready", "failed"]
+State = Literal["loading", "ready", "failed", "freed"]
+"""Of a variant: "freed" has given its memory back after a rollout, and loads again when it is to be had."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,21 @@ class ReplicaBeat:
     """How it was loaded; sent once, and again when the controller asks."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Resident bytes by component, now."""
+    needs: Mapping[str, int] = field(default_factory=dict)
+    """What the model itself takes, or took until it was freed, by component."""
+    available_bytes: int | None = None
+    """What is still free where it runs: of the machine, or of its GPU."""
     snapshot: Snapshot = field(default_factory=Snapshot)
     leaving: bool = False
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The answer to a replica's beat. report_wanted: send the load report again. resident: be loaded, or free the
+    memory."""
+
+    report_wanted: bool = False
+    resident: bool = True
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,14 @@ class House(Protocol):
         """What the variant's last load said of itself, if a replica has told."""
         ...
 
+    def free(self, variants: frozenset[str]) -> None:
+        """These variants give their memory back, and no others."""
+        ...
+
+    def room_for(self, canary: str) -> str:
+        """The arithmetic, or a Conflict with it where memory for both is lacking."""
+        ...
+
     def on_death(self, told: Callable[[str], None]) -> None:
         """Call `told(variant)` for every replica that died."""
         ...
@@ -181,6 +189,7 @@ class Progression:
         self._standing = replace(standing, news=())
         if standing.split is not None:
             self._house.deal(standing.split)
+        self._house.free(standing.freed)
         for news in standing.news:
             self._announce(news)
 
@@ -190,14 +199,16 @@ class Progression:
         """Begin a rollout, or with `dry_run` say what it would need. Raises ConfigError, NotFound, Conflict."""
         proposal = Proposal.read(body)
         plan, expected_from = self._plan(proposal)
+        memory = self._house.room_for(plan.canary)
         if proposal.dry_run:
             needs = await self._call(self._estimate, plan)
             return {
                 "plan": plan.to_dict(),
                 "expected_from": expected_from,
+                "memory": memory,
                 "needs": needs.to_dict(),
             }
-        notes = {"expected_from": expected_from}
+        notes = {"expected_from": expected_from, "memory": memory}
         scene, now_s = self._house.scene(), self._clock()
         id = await self._call(self._office.begin, plan, self._house.split, notes, proposal.by, scene, now_s)
         self._apply(await self._call(self._office.standing))
@@ -248,6 +259,7 @@ class Progression:
             "lines": [asdict(line) for line in history(rows)],
             "needs": self._estimate(rollout.plan).to_dict(),
             "expected_from": rows[0].facts.get("expected_from"),
+            "memory": rows[0].facts.get("memory"),
             "verdict": rollout.verdict.to_dict() if rollout.verdict else None,
         }
 

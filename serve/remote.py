@@ -18,7 +18,7 @@ from ray.serve.exceptions import (
 
 from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import GenerationRequest, Prompt, Tokenized
-from serve.heartbeat import IngressBeat, ReplicaBeat, View
+from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, View
 from serve.hop import Parcel, ReplicaDied
 from serve.pairs import Kept, Scores, Side
 
@@ -86,8 +86,8 @@ class RemoteController:
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
-    async def replica(self, beat: ReplicaBeat) -> bool:
-        answer: bool = await self._call(self._handle.replica.remote(beat))
+    async def replica(self, beat: ReplicaBeat) -> Orders:
+        answer: Orders = await self._call(self._handle.replica.remote(beat))
         return answer
 
     async def ingress(self, beat: IngressBeat) -> View:

@@ -10,12 +10,14 @@ Knows no HTTP, no routing and no Ray; torch is first imported when loading begin
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -24,7 +26,7 @@ import psutil
 from serve import metrics
 from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams, Tokenized
-from serve.heartbeat import ReplicaBeat, State
+from serve.heartbeat import Orders, ReplicaBeat, State
 from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels
 from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
@@ -50,8 +52,8 @@ _SCORED_AT_ONCE = 8
 _SCORING_S = 30.0
 """How long a text may wait for users to leave room for its scoring."""
 
-Report = Callable[[ReplicaBeat], Awaitable[bool]]
-"""Tells the controller; True asks for the load report again. Raises HalftoneError where nobody answers."""
+Report = Callable[[ReplicaBeat], Awaitable[Orders]]
+"""Tells the controller, who answers with what is to be done. Raises HalftoneError where nobody answers."""
 
 
 class Replica:
@@ -67,6 +69,7 @@ class Replica:
         self._reason: str | None = None
         self._serving: _Serving | None = None
         self._report_due = False
+        self._needs: Mapping[str, int] = {}
         self._recorder = Recorder()
         self._outboxes: dict[str, Outbox] = {}
         self._outbox_of: dict[str, Outbox] = {}
@@ -82,6 +85,10 @@ class Replica:
         """Load the variant and serve it, or learn why not. Returns in either case."""
         self._loop = asyncio.get_running_loop()
         self._spawn(self._beat_for_ever())
+        await self._come_up()
+
+    async def _come_up(self) -> None:
+        self._state, self._reason = "loading", None
         loading = asyncio.ensure_future(asyncio.to_thread(self._load))
         await asyncio.wait([loading])
         if (error := loading.exception()) is None:
@@ -192,7 +199,7 @@ class Replica:
         return await asyncio.to_thread(serving.detokenize, ids)
 
     def _require(self) -> _Serving:
-        if self._serving is None:
+        if self._serving is None or self._state == "freed":
             raise VariantUnavailable(f"variant {self._variant.name!r} is {self._state}: {self._reason or 'wait'}")
         return self._serving
 
@@ -272,11 +279,29 @@ class Replica:
     async def _beat(self) -> None:
         """The report travels until it has arrived once."""
         with_report = self._report_due
-        wanted = await self._say(self._now())
-        if wanted is not None:
-            self._report_due = wanted if with_report else self._report_due or wanted
+        if (orders := await self._say(self._now())) is None:
+            return
+        wanted = orders.report_wanted
+        self._report_due = wanted if with_report else self._report_due or wanted
+        if not orders.resident and self._state == "ready":
+            self._state = "freed"
+            self._spawn(self._free())
+        elif orders.resident and self._state == "freed" and self._serving is None:
+            self._state = "loading"
+            self._spawn(self._come_up())
 
-    async def _say(self, beat: ReplicaBeat) -> bool | None:
+    async def _free(self) -> None:
+        """Give the model's memory back once open streams have run out; new requests are refused from now on."""
+        while self._outbox_of:  # noqa: ASYNC110  as rare as it is unhurried
+            await asyncio.sleep(_LEAST_BEAT_S)
+        serving, self._serving = self._serving, None
+        if serving:
+            await asyncio.to_thread(serving.close)
+            del serving
+            await asyncio.to_thread(_trim)
+        await self._beat()
+
+    async def _say(self, beat: ReplicaBeat) -> Orders | None:
         try:
             return await self._report(beat)
         except HalftoneError as error:
@@ -286,9 +311,12 @@ class Replica:
     def _now(self) -> ReplicaBeat:
         stage, progress = self._stage
         beat = ReplicaBeat(self._process, self._variant.name, self._state, stage, progress, self._reason)
+        if self._state == "freed":
+            return replace(beat, needs=self._needs, available_bytes=_available_bytes(self._variant.device))
         if self._serving is None or self._state != "ready":
             return beat
         memory = self._serving.memory()
+        self._needs = {component: size for component, size in memory.items() if component != "process"}
         self._record(self._serving, memory)
         return replace(
             beat,
@@ -298,6 +326,8 @@ class Replica:
             waiting=self._serving.engine.stats().waiting,
             report=self._serving.report() if self._report_due else None,
             memory=memory,
+            needs=self._needs,
+            available_bytes=_available_bytes(self._variant.device),
             snapshot=self._recorder.snapshot(),
         )
 
@@ -392,3 +422,26 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HalftoneError):
         return error.message
     return f"{type(error).__name__}: {error or 'no message'}".splitlines()[0][:300]
+
+
+def _available_bytes(device: str) -> int:
+    """What is free for models: of the GPU, else of the machine within its container's limit."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [int(psutil.virtual_memory().available)]
+    with suppress(OSError, ValueError):  # no limit reads "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        free.append(max(0, int(limit) - int(used)))
+    return min(free)
+
+
+def _trim() -> None:
+    """Freed layers go back to the system, not only to the allocator."""
+    import gc
+
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)

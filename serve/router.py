@@ -237,7 +237,7 @@ class Router:
     def _require(self, variant: str) -> VariantState:
         state = next(state for state in self._known().variants if state.name == variant)
         if state.state != "ready":
-            wait_s = _FAILED_RETRY_S if state.state == "failed" else _LOADING_RETRY_S
+            wait_s = _FAILED_RETRY_S if state.state in ("failed", "freed") else _LOADING_RETRY_S
             raise VariantUnavailable(_why(state), retry_after_s=wait_s)
         return state
 
@@ -404,6 +404,8 @@ def _disclosure(state: VariantState, assignment: Assignment | None) -> Disclosur
 def _why(state: VariantState) -> str:
     if state.state == "failed":
         return f"variant {state.name!r} could not be loaded: {state.reason}"
+    if state.state == "freed":
+        return f"variant {state.name!r} gave its memory back after a rollout; it loads again for traffic or a rollout"
     return f"variant {state.name!r} is {state.state}; try again shortly"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from serve import metrics
 from serve.config import Config, parse_config
 from serve.controller import Controller
-from serve.errors import ConfigError
+from serve.errors import ConfigError, Conflict
 from serve.heartbeat import IngressBeat, ReplicaBeat, State, serving
 from serve.metrics import Recorder, VariantLabels
 from serve.rollout import Batch, Split, kl_guard_nats
@@ -74,10 +74,10 @@ def test_a_variant_is_as_its_replicas_say(controller: Controller) -> None:
 
 
 def test_the_load_report_is_asked_for_until_it_has_come(controller: Controller) -> None:
-    assert not controller.replica(replica("a", state="loading"))
-    assert controller.replica(replica("a"))
-    assert not controller.replica(replica("a", report={"load_s": 1.5}))
-    assert not controller.replica(replica("a"))
+    assert not controller.replica(replica("a", state="loading")).report_wanted
+    assert controller.replica(replica("a")).report_wanted
+    assert not controller.replica(replica("a", report={"load_s": 1.5})).report_wanted
+    assert not controller.replica(replica("a")).report_wanted
     assert controller.variants()[1]["load_report"] == {"load_s": 1.5}
 
 
@@ -113,6 +113,21 @@ def test_a_replica_that_has_just_started_is_cold_for_a_while(controller: Control
     clock.now_s += 10
     controller.replica(replica("new"))
     assert not cold()
+
+
+def test_a_rollout_is_refused_with_the_arithmetic_where_memory_for_both_is_lacking(controller: Controller) -> None:
+    needs = {"weights": 7_000_000_000, "kv_cache": 1_000_000_000}
+    controller.replica(replica("a", "bf16", needs={"weights": 14_000_000_000}))
+    assert "no replica yet" in controller.room_for("int8")
+    controller.replica(replica("b", needs=needs, available_bytes=0))
+    assert controller.room_for("int8").startswith("both are loaded: int8 takes 8 GB (weights 7 GB + kv_cache 1 GB)")
+    controller.free(frozenset({"int8"}))
+    assert not controller.replica(replica("b", needs=needs)).resident
+    controller.replica(replica("b", state="freed", needs=needs, available_bytes=9_000_000_000))
+    assert "9 GB are free" in controller.room_for("int8")
+    controller.replica(replica("b", state="freed", needs=needs, available_bytes=5_500_000_000))
+    with pytest.raises(Conflict, match=r"int8 needs 8 GB .*, 5\.5 GB are free; bf16 keeps 14 GB .*: 2\.5 GB short"):
+        controller.room_for("int8")
 
 
 def test_a_replica_that_says_goodbye_is_gone(controller: Controller) -> None:

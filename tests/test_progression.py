@@ -271,6 +271,40 @@ async def test_a_new_target_restarts_it_and_traffic_is_not_to_be_moved_beside_it
         await house.progression.show("r9")
 
 
+async def test_promotion_frees_the_old_variant_and_a_new_rollout_has_it_load_again(tmp_path: Path) -> None:
+    house = await House(config(tmp_path)).open()
+    await house.progression.start({**PLAN, "free_stable": True})
+    await house.seconds(60)
+
+    def is_resident(variant: str, at: House = house) -> bool:
+        return at.controller.replica(ReplicaBeat(f"{at.name}-{variant}", variant, "ready")).resident
+
+    assert await house.phase() == "succeeded"
+    assert (is_resident("bf16"), is_resident("int8")) == (False, True)
+    await house.progression.close()
+    again = await House(config(tmp_path), "two").open()
+    assert (is_resident("bf16", again), is_resident("int8", again)) == (False, True)
+    await again.replicas(bf16="loading")
+    started = await again.progression.start({**PLAN, "to": "bf16"})
+    assert (started["stable"], started["phase"]) == ("int8", "pending")
+    assert is_resident("bf16", again)
+    await again.seconds(1)
+    assert await again.phase("r2") == "progressing"
+    await again.progression.close()
+
+
+async def test_a_canary_is_kept_for_inspection_and_freed_after_its_time(house: House) -> None:
+    await house.progression.start({**PLAN, "keep_canary_s": 100.0})
+    await house.progression.order("r1", "abort", "ada")
+    for waited_s, resident in ((90.0, True), (20.0, False)):
+        house.now_s += waited_s
+        await house.seconds(1, requests=0)
+        assert house.controller.replica(ReplicaBeat("one-int8", "int8", "ready")).resident == resident
+    view = house.controller.set_traffic({"bf16": 50, "int8": 50})
+    await house.progression.moved_by_hand(view.split)
+    assert house.controller.replica(ReplicaBeat("one-int8", "int8", "ready")).resident
+
+
 async def test_traffic_moved_by_hand_is_remembered_until_the_configuration_is_edited(tmp_path: Path) -> None:
     first = await House(config(tmp_path)).open()
     view = first.controller.set_traffic({"bf16": 30, "int8": 70})

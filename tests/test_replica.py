@@ -11,7 +11,7 @@ import pytest
 from serve.config import Config, serve_source
 from serve.errors import ContextLengthExceeded, HalftoneError, InvalidRequest, VariantUnavailable
 from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, PromptDelta, SamplingParams
-from serve.heartbeat import ReplicaBeat
+from serve.heartbeat import Orders, ReplicaBeat
 from serve.hop import Parcel
 from serve.replica import Replica
 
@@ -22,12 +22,14 @@ class Beats:
     def __init__(self) -> None:
         self.heard: list[ReplicaBeat] = []
         self.gone = False
+        self.resident = True
 
-    async def __call__(self, beat: ReplicaBeat) -> bool:
+    async def __call__(self, beat: ReplicaBeat) -> Orders:
         if self.gone:
             raise VariantUnavailable("the controller does not answer")
         self.heard.append(beat)
-        return beat.state == "ready" and not any(heard.report for heard in self.heard)
+        wanted = beat.state == "ready" and not any(heard.report for heard in self.heard)
+        return Orders(wanted, self.resident)
 
 
 def config(source: str = "builtin:storyteller", recipe: str = "int8") -> Config:
@@ -177,3 +179,33 @@ async def test_an_engine_that_has_died_is_ill(replica: Replica) -> None:
     await asyncio.to_thread(replica._serving.engine.close)
     with pytest.raises(HalftoneError, match="has died"):
         replica.check_health()
+
+
+async def test_a_replica_gives_its_memory_back_when_it_is_told_and_loads_again_when_it_is_wanted(
+    replica: Replica, beats: Beats
+) -> None:
+    async def until(state: str) -> ReplicaBeat:
+        async with asyncio.timeout(60):
+            while beats.heard[-1].state != state or (state == "freed" and replica._serving):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        return beats.heard[-1]
+
+    loaded = await until("ready")
+    assert loaded.needs["weights"] > 1_000_000
+    open_stream = replica.generate(request("open", max_tokens=40), "ingress.0")
+    first = await anext(open_stream)
+    beats.resident = False
+    async with asyncio.timeout(10):
+        while replica._state != "freed":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    refused = events([parcel async for parcel in replica.generate(request("late"), "another")])
+    assert isinstance(refused[-1], Failure)
+    rest = [first, *[parcel async for parcel in open_stream]]
+    assert sum(len(e.token_ids) for e in events(rest) if isinstance(e, Delta) and e.request_id == "open") == 40
+    freed = await until("freed")
+    assert not freed.memory
+    assert freed.needs == loaded.needs  # what it would take again
+    assert freed.available_bytes
+    beats.resident = True
+    await until("ready")
+    assert any(isinstance(event, Delta) for event in events(await parcels(replica, request("again"))))

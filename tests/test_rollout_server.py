@@ -100,6 +100,10 @@ def show(server: Halftone, id: str) -> dict[str, Any]:
     return dict(answer.json()) if answer.status_code == 200 else {}
 
 
+def variants(server: Halftone) -> dict[str, Any]:
+    return {row["name"]: row for row in httpx.get(f"{server.url}/admin/variants", timeout=10).json()["variants"]}
+
+
 def until(server: Halftone, id: str, *phases: str, timeout_s: float = 120.0) -> dict[str, Any]:
     server.wait_until(lambda: show(server, id).get("phase") in phases, timeout_s)
     return show(server, id)
@@ -108,7 +112,7 @@ def until(server: Halftone, id: str, *phases: str, timeout_s: float = 120.0) -> 
 def test_int8_is_promoted_through_all_steps_under_load(server: Halftone) -> None:
     with Load(server.url) as load:
         server.wait_until(lambda: len(load.seen) > 20, 60)
-        id = start(server, "int8", PLAN)
+        id = start(server, "int8", {**PLAN, "free_stable": True})
         told = until(server, id, "succeeded", "rolled_back", "failed")
         before = len(load.seen)
         server.wait_until(lambda: len(load.seen) > before + 40)
@@ -118,6 +122,10 @@ def test_int8_is_promoted_through_all_steps_under_load(server: Halftone) -> None
     assert {status for _, status, _ in load.seen} == {200}
     assert {variant for _, _, variant in load.seen[before + load.users :]} == {"int8"}
     assert httpx.get(f"{server.url}/admin/traffic").json()["stable"] == "int8"
+    server.wait_until(lambda: variants(server)["fp32"]["state"] == "freed")
+    assert not variants(server)["fp32"]["memory_bytes"]
+    pinned = httpx.post(f"{server.url}/v1/completions", json={"model": "storyteller@fp32", "prompt": "Once"})
+    assert (pinned.status_code, "gave its memory back" in pinned.text) == (503, True)
 
 
 def test_a_canary_that_crashes_again_and_again_is_rolled_back_at_once_and_nobody_is_lost(server: Halftone) -> None:

@@ -14,7 +14,7 @@ from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Token
 
 __all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState", "Rollouts"]
 
-ModelState = Literal["loading", "ready", "failed"]
+ModelState = Literal["loading", "ready", "failed", "freed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,12 @@ def test_rollback_follows_a_fail_at_once() -> None:
     assert advance(PLAN, state, Known(), 12.0)[0].phase == "rolled_back"
 
 
+def test_a_canary_that_cannot_be_loaded_again_is_rolled_back() -> None:
+    state = walk(PLAN, READY, (known("pass", load_error="out of memory"), 11.0))
+    assert state.phase == "rolling_back"
+    assert "out of memory" in state.reason
+
+
 def test_the_last_step_needs_proof_and_earlier_ones_only_the_absence_of_harm() -> None:
     assert walk(PLAN, READY, (known("inconclusive"), 80.0)).step == 1
     assert walk(PLAN, READY, (known("inconclusive"), 80.0), (known("inconclusive"), 1000.0)).phase == "progressing"
