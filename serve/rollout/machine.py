@@ -181,6 +181,8 @@ def _watch(plan: Plan, state: State, known: Known, now_s: float) -> Move:
     verdict = known.verdict
     if verdict and verdict.result == "fail":
         return _to(plan, state, "rolling_back", verdict.sentence, now_s)
+    if known.load_error:
+        return _to(plan, state, "rolling_back", f"{plan.canary} cannot be loaded again: {known.load_error}", now_s)
     if state.phase == "awaiting_approval" or state.paused:
         return state, ()
     if _step_is_done(plan, state, known, now_s):
