@@ -215,7 +215,7 @@ class _IngressDeployment:
 
 _deployment: Callable[..., Any] = partial(
     rayserve.deployment,
-    health_check_period_s=5.0,
+    health_check_period_s=1.0,  # how soon Serve replaces a replica that died
     health_check_timeout_s=30.0,
     graceful_shutdown_wait_loop_s=0.5,
     logging_config={"enable_access_log": False},

@@ -18,6 +18,7 @@ from serve.errors import ConfigError
 from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, State, VariantState, View
 from serve.metrics import Ledger, Recorder, Snapshot, VariantLabels
 from serve.office import Scene
+from serve.place import has_died
 from serve.rollout import Split, kl_guard_nats
 from serve.room import room_for
 
@@ -25,6 +26,8 @@ __all__ = ["Controller"]
 
 _SILENT_S = 15.0
 """A process that has said nothing for so long is taken for dead."""
+_LATE_S = 1.2
+"""A beat that has not come by then is worth a look at the process."""
 _COLD_S = 5.0
 """So long after it has loaded, a replica's latency says little."""
 _YOUNG_S = 5.0
@@ -201,6 +204,7 @@ class Controller:
         deadline_s = self._clock() - _SILENT_S
         for process in [name for name, heard in self._replicas.items() if heard.at_s < deadline_s]:
             self._forget(process)
+        self._bury()
         for process in [name for name, seen in self._ingresses.items() if seen.at_s < deadline_s]:
             del self._ingresses[process]
             self._ledger.retire(process)
@@ -209,6 +213,14 @@ class Controller:
             for _, process in sorted(heard)[: max(0, len(heard) - variant.resources.replicas)]:
                 self._forget(process)
                 self._tell_of_death(variant.name)
+
+    def _bury(self) -> None:
+        """Those beside us that missed a beat because they are no more."""
+        late_s = self._clock() - _LATE_S
+        for process, heard in list(self._replicas.items()):
+            if heard.at_s < late_s and heard.beat.place and has_died(heard.beat.place):
+                self._forget(process)
+                self._tell_of_death(heard.beat.variant)
 
     def _witnessed(self, variant: str) -> None:
         """A request met a dead replica. An only one is forgotten at once, so that nobody is sent to it; if it lives

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from serve.metrics import Snapshot
+from serve.place import Place
 from serve.rollout import Batch, Split
 
 __all__ = ["IngressBeat", "Orders", "ReplicaBeat", "State", "VariantState", "View", "serving"]
@@ -47,6 +48,8 @@ class ReplicaBeat:
     """What is still free where it runs: of the machine, or of its GPU."""
     snapshot: Snapshot = field(default_factory=Snapshot)
     leaving: bool = False
+    place: Place | None = None
+    """Where it runs: a controller beside it sees its death before its silence."""
 
 
 @dataclass(frozen=True)

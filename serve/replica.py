@@ -30,6 +30,7 @@ from serve.heartbeat import Orders, ReplicaBeat, State
 from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels
 from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
+from serve.place import here
 from serve.variant import Variant
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Replica:
         self._reason: str | None = None
         self._serving: _Serving | None = None
         self._report_due = False
+        self._place = here()
         self._needs: Mapping[str, int] = {}
         self._recorder = Recorder()
         self._outboxes: dict[str, Outbox] = {}
@@ -310,7 +312,9 @@ class Replica:
 
     def _now(self) -> ReplicaBeat:
         stage, progress = self._stage
-        beat = ReplicaBeat(self._process, self._variant.name, self._state, stage, progress, self._reason)
+        beat = ReplicaBeat(
+            self._process, self._variant.name, self._state, stage, progress, self._reason, place=self._place
+        )
         if self._state == "freed":
             return replace(beat, needs=self._needs, available_bytes=_available_bytes(self._variant.device))
         if self._serving is None or self._state != "ready":
