@@ -14,7 +14,8 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -182,34 +183,34 @@ class Office:
 
     def begin(self, plan: Plan, base: Split, notes: Mapping[str, Any], by: str, scene: Scene, now_s: float) -> str:
         """Start a rollout; one that runs is ended for it. `notes` go into its first line. Returns the id."""
-        self._require(now_s)
-        if (running := self._active()) is not None:
-            if running.state.phase == "rolling_back":
-                raise Conflict(f"rollout {running.id} is rolling back: wait until it has")
-            entries, _ = running.supersede(plan.canary, now_s, by)
-            self._commit(running, entries, now_s)
-            base = running.split
-        rollout, entry = Rollout.begin(f"r{len(self._store.ids()) + 1}", plan, base, now_s)
-        started = replace(entry, facts={**entry.facts, **notes, "configured": self._configured, "by": by})
-        self._freed -= {plan.canary, plan.stable}
-        self._rollout, self._died_s = rollout, {}
-        self._commit(rollout, [started], now_s)
-        self._advance(scene, now_s)
-        return rollout.id
+        with self._in_office(now_s):
+            if (running := self._active()) is not None:
+                if running.state.phase == "rolling_back":
+                    raise Conflict(f"rollout {running.id} is rolling back: wait until it has")
+                entries, _ = running.supersede(plan.canary, now_s, by)
+                self._commit(running, entries, now_s)
+                base = running.split
+            rollout, entry = Rollout.begin(f"r{len(self._store.ids()) + 1}", plan, base, now_s)
+            started = replace(entry, facts={**entry.facts, **notes, "configured": self._configured, "by": by})
+            self._freed -= {plan.canary, plan.stable}
+            self._rollout, self._died_s = rollout, {}
+            self._commit(rollout, [started], now_s)
+            self._advance(scene, now_s)
+            return rollout.id
 
     def order(self, id: str, order: Command, by: str, scene: Scene, now_s: float) -> None:
         """Pause, resume, promote or abort. Raises NotFound, or Conflict where it means nothing now."""
-        self._require(now_s)
-        rollout = self._rollout
-        if rollout is None or rollout.id != id:
-            phase = self.whole(id).state.phase
-            raise Conflict(f"rollout {id} is over ({phase}): start a new one")
-        try:
-            entries, _ = rollout.order(order, now_s, by)
-        except InvalidRequest as error:
-            raise Conflict(error.message) from error
-        self._commit(rollout, entries, now_s)
-        self._advance(scene, now_s)
+        with self._in_office(now_s):
+            rollout = self._rollout
+            if rollout is None or rollout.id != id:
+                phase = self.whole(id).state.phase
+                raise Conflict(f"rollout {id} is over ({phase}): start a new one")
+            try:
+                entries, _ = rollout.order(order, now_s, by)
+            except InvalidRequest as error:
+                raise Conflict(error.message) from error
+            self._commit(rollout, entries, now_s)
+            self._advance(scene, now_s)
 
     def moved_by_hand(self, split: Split, now_s: float) -> None:
         """Traffic was dealt anew while no rollout runs: remembered like everything else."""
@@ -276,9 +277,12 @@ class Office:
             raise LeaseLost("this controller is not in office")
         return self._lease
 
-    def _require(self, now_s: float) -> None:
+    @contextmanager
+    def _in_office(self, now_s: float) -> Iterator[None]:
+        """For what an operator asks: done and written down, or refused with the reason and not done at all."""
         try:
             if self._hold(now_s):
+                yield
                 return
         except StoreUnavailable as error:
             self._fall_back(error)
