@@ -30,6 +30,7 @@ _PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_PANEL = 32
 _STATIC_ROPE = ("default", "linear", "llama3")
 
 
@@ -119,7 +120,7 @@ def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) 
         "its KV cache is in int8": cache.keys[0].scales is not None,
         f"it computes in {first.dtype}, not in bf16": first.dtype is not torch.bfloat16,
         "its layers differ in shape": any(layer != first for layer in layers),
-        "its heads are not 32 to 256 wide in steps of 32": first.key_size % 32 != 0 or first.key_size > 256,
+        "its heads are odd or more than 256 wide": first.key_size % 2 != 0 or first.key_size > 256,
         "its keys and values differ in width": first.key_size != first.value_size,
         "KV blocks are not 32 tokens or a multiple": cache.block_size % 32 != 0,
         "its activation is not SiLU": config.hidden_act not in ("silu", "swish"),
@@ -148,10 +149,18 @@ def _layer(layer: nn.Module, config: Any, cache: KVCache, index: int) -> LayerWe
         post_norm=_norm(layer, "post_attention_layernorm"),
         query_norm=_norm(attention, "q_norm") if hasattr(attention, "q_norm") else None,
         key_norm=_norm(attention, "k_norm") if hasattr(attention, "k_norm") else None,
-        keys=cache.keys[index].data,
-        values=cache.values[index].data,
+        keys=_widened(cache.keys[index]),
+        values=_widened(cache.values[index]),
         window=getattr(config, "sliding_window", None) if slides else None,
     )
+
+
+def _widened(pool: Any) -> Tensor:
+    """A pool of the cache with heads in whole panels of 32, as the kernels lay them out; still empty, so replaced."""
+    width = -(-pool.data.shape[-1] // _PANEL) * _PANEL
+    if pool.data.shape[-1] != width:
+        pool.data = torch.zeros(*pool.data.shape[:-1], width, dtype=pool.data.dtype)
+    return pool.data  # type: ignore[no-any-return]
 
 
 def _pack(parent: nn.Module, name: str) -> PackedLinear:

@@ -21,7 +21,7 @@ __all__ = ["Decoder", "DecoderShape", "LayerWeights", "Span"]
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """The sizes of the model. head_dim is a multiple of 32 and at most 256; hidden and intermediate are free."""
+    """The sizes of the model. head_dim is even and at most 256; hidden and intermediate are free."""
 
     hidden: int
     heads: int
@@ -37,7 +37,8 @@ class DecoderShape:
 class LayerWeights:
     """One layer: seven projections, float32 norm weights, and its part of the KV cache.
 
-    keys, values: bf16 `[kv_heads, blocks, block_size, head_dim]`. query_norm, key_norm: `[head_dim]` (Qwen3) or None.
+    keys, values: bf16 `[kv_heads, blocks, block_size, width]`, in the kernels' own order (csrc/attention.h); width is
+    head_dim rounded up to 32. query_norm, key_norm: `[head_dim]` (Qwen3) or None.
     window: how many tokens a query sees, itself included; None sees all.
     """
 
@@ -89,7 +90,7 @@ class Decoder:
         self._kept = (list(layers), embedding, final_norm, head, cosines, sines)
         self._layers = (Layer * len(layers))(*(_layer(layer) for layer in layers))
         self.vocabulary = head.spec.outputs
-        blocks = layers[0].keys.shape[1]
+        _, blocks, block_size, width = layers[0].keys.shape
         self._model = Model(
             num_layers=len(layers),
             hidden=shape.hidden,
@@ -98,7 +99,7 @@ class Decoder:
             head_dim=shape.head_dim,
             intermediate=shape.intermediate,
             block_size=shape.block_size,
-            head_stride=blocks * shape.block_size * shape.head_dim,
+            head_stride=blocks * block_size * width,
             epsilon=shape.epsilon,
             scaling=shape.scaling,
             layers=ctypes.addressof(self._layers),

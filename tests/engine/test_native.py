@@ -51,6 +51,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
+    "llama, narrow heads": lambda: llama(head_dim=24),
     "llama, tied": lambda: llama(tie_word_embeddings=True),
     "llama, scaled positions": lambda: llama(
         rope_parameters={
@@ -120,7 +121,7 @@ def test_an_answer_is_the_same_to_the_last_bit_in_any_company_chunking_and_after
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_dim": 24}, "32 to 256 wide"),
+        ({"head_dim": 264}, "more than 256 wide"),
         ({"hidden_act": "gelu"}, "not SiLU"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "changes with the length"),
     ],
