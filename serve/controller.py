@@ -246,11 +246,15 @@ class Controller:
             labels = VariantLabels(self._config.model_name, state.name, state.precision)
             weight = serving.weights.get(state.name, 0.0) if serving else 0.0
             recorder.set(metrics.TRAFFIC_WEIGHT, labels, weight / 100.0)
-            if state.name != self._split.stable:
+            if state.name != self._reference:
                 recorder.set(metrics.DRIFT_GUARD, labels, kl_guard_nats(state.precision))
             for kind in get_args(State):
                 recorder.set(metrics.REPLICAS, labels, self._count(state.name, kind), kind)
         return recorder.snapshot()
+
+    @property
+    def _reference(self) -> str:
+        return self._config.drift.reference if self._config.drift else self._split.stable
 
     def _count(self, variant: str, state: str) -> int:
         return sum(h.beat.variant == variant and h.beat.state == state for h in self._replicas.values())

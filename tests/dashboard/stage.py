@@ -105,7 +105,7 @@ class Stage:
         self.recorder.observe(metrics.DRIFT_KL, labels, kl_nats, tokens)
         self.recorder.add(metrics.DRIFT_TOKENS, labels, tokens)
         self.recorder.add(metrics.DRIFT_AGREEMENTS, labels, agreeing)
-        self.recorder.add(metrics.DRIFT_SAMPLES, labels)
+        self.recorder.add(metrics.DRIFT_SAMPLES, labels, 1, "scored")
 
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(MODEL, "ready", context_length=512), *map(_card, self.variants_.values())]

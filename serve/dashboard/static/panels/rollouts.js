@@ -64,6 +64,7 @@ class Rollouts {
     this.#shown = shown;
     show(this.#current, shown !== null);
     if (shown) this.#tell(shown);
+    else if (!this.#said.textContent) setText(this.#said, "There was none yet.");
     this.#starter.update(view, list.active !== null);
     const past = list.rollouts.filter((rollout) => rollout.id !== shown?.id).slice(0, 5);
     show(this.#history, past.length > 0);
