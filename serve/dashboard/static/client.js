@@ -20,12 +20,12 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(STORED, value) : sessionStorage.removeItem(STORED)),
 };
 
-export const getText = async (path) => (await request(path)).text();
+export const getText = async (path) => whole(await request(path), "text");
 
-export const getJson = async (path) => (await request(path)).json();
+export const getJson = async (path) => whole(await request(path), "json");
 
 /** `signal` takes the place of the time limit. */
-export const sendJson = async (method, path, body, signal) => (await request(path, { ...json(method, body), signal })).json();
+export const sendJson = async (method, path, body, signal) => whole(await request(path, { ...json(method, body), signal }), "json");
 
 /** The JSON of each server-sent event, as they come. Ends with the answer; raises ServerError for an error event. */
 export async function* stream(path, body, signal) {
@@ -63,12 +63,25 @@ async function request(path, options = {}) {
   try {
     response = await fetch(new URL(path, BASE), { ...options, headers, signal, cache: "no-store" });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    const slow = error.name === "TimeoutError";
-    throw new ServerError(0, slow ? `No answer within ${TIMEOUT_MS / 1000} s.` : "The server cannot be reached.");
+    throw unanswered(error);
   }
   if (!response.ok) throw await refusal(response);
   return response;
+}
+
+/** The body, which may be late, or break off, after the headers came. */
+async function whole(response, form) {
+  try {
+    return await response[form]();
+  } catch (error) {
+    throw unanswered(error);
+  }
+}
+
+function unanswered(error) {
+  if (error.name === "AbortError") return error;
+  const slow = error.name === "TimeoutError";
+  return new ServerError(0, slow ? `No answer within ${TIMEOUT_MS / 1000} s.` : "The server cannot be reached.");
 }
 
 async function refusal(response) {

@@ -44,7 +44,7 @@ function onError(error, retryMs) {
   const seen = history.latest ? ` What you see is from ${clock(history.latest.atMs)}.` : "";
   const next = Number.isFinite(retryMs) ? ` Next try in ${Math.round(retryMs / 1000)} s.` : "";
   const message = error.status === 401 ? "This server answers only those who send a key: “Key …” above takes it." : error.message;
-  setText(trouble, `${message}${seen}${next}`);
+  setText(trouble, `${message.replace(/[^.!?]$/, "$&.")}${seen}${next}`);
   show(trouble, true);
   document.body.classList.toggle("stale", history.latest !== null);
   setText(byId("status"), "Not connected");
