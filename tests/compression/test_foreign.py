@@ -160,16 +160,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_vllm_reads_what_we_export(tmp_path: Path, calibration: Calibration) -> None:
-    """Not part of the locked environment; skipped where vLLM is not installed (`HALFTONE_PEERS`)."""
-    vllm = Path(os.environ.get("HALFTONE_PEERS", Path(__file__).parents[2] / ".peers")) / "vllm/bin/python"
-    if not vllm.exists() or subprocess.run([vllm, "-c", "import vllm"], capture_output=True).returncode:
-        pytest.skip(f"no vLLM in {vllm.parents[1]}")
+    """Not part of the locked environment, and takes minutes: only where `HALFTONE_PEERS` names a folder with vLLM."""
+    vllm = Path(os.environ.get("HALFTONE_PEERS", "")) / "vllm/bin/python"
+    if "HALFTONE_PEERS" not in os.environ or not vllm.exists():
+        pytest.skip("HALFTONE_PEERS names no folder with vLLM")
     ids, out = [1, 400, 410, 500, 600, 700, 300, 290, 450, 333, 800, 900], tmp_path / "out"
     compress_to("builtin:storyteller", Recipe.parse("gptq4-g64"), out, format="gptq", calibration=calibration)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    arguments = [vllm, "-c", READ, str(out), json.dumps(ids)]
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment, timeout=280)
+    (tmp_path / "read.py").write_text(READ)  # vLLM starts its engine in a process that imports the script again
+    arguments = [vllm, tmp_path / "read.py", str(out), json.dumps(ids)]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
     line = next(line for line in done.stdout.splitlines() if "RESULT" in line)
     found = json.loads(line.partition("RESULT")[2])
     with torch.no_grad():
