@@ -52,7 +52,7 @@ CONTESTANTS = (
     Contestant(OURS, "int8", "int8", "int8", recipe="int8+head8"),
     Contestant("llama.cpp", "Q8_0", "int8", "int8", f"{PEERS}.llama_cpp_low_level", "llama.cpp", gguf=True),
     Contestant("transformers", "dynamic-int8", "int8", "int8", f"{PEERS}.static_generate"),
-    Contestant(OURS, "gptq4", "gptq4", "int8", recipe="gptq4+head8"),
+    Contestant(OURS, "gptq4", "gptq4", "bf16", recipe="gptq4+head8"),
     Contestant("llama.cpp", "Q4_0", "gptq4", "int8", f"{PEERS}.llama_cpp_low_level", "llama.cpp", gguf=True),
     Contestant(OURS, "nf4", "nf4", "bf16", recipe="nf4+head8"),
     Contestant("transformers", "bitsandbytes-nf4", "nf4", "bf16", f"{PEERS}.static_generate"),
