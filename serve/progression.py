@@ -26,6 +26,7 @@ from serve.rollout import Batch, Plan, Split
 from serve.rollout.estimate import Estimate, Traffic, estimate
 from serve.rollout.judge import Result
 from serve.rollout.machine import MOVES, Command
+from serve.rollout.measures import MEASURES
 from serve.rollout.proposal import Proposal
 from serve.rollout.store import Store
 from serve.rollout.story import history, overview, summary
@@ -208,6 +209,7 @@ class Progression:
                 "memory": memory,
                 "needs": needs.to_dict(),
             }
+        self._refuse_unwatched(plan)
         notes = {"expected_from": expected_from, "memory": memory}
         scene, now_s = self._house.scene(), self._clock()
         id = await self._call(self._office.begin, plan, self._house.split, notes, proposal.by, scene, now_s)
@@ -234,6 +236,16 @@ class Progression:
     async def recorded(self, id: str) -> Mapping[str, Any]:
         """The outcomes that are kept of a rollout with its plan, or, for "traffic", those that came without one."""
         return await self._call(self._recorded, id)
+
+    def _refuse_unwatched(self, plan: Plan) -> None:
+        """A quality guard that nothing measures here would hold the rollout for ever."""
+        scored = self._config.drift is not None and self._config.drift.sample_rate > 0.0
+        if not scored and (unwatched := [name for name in plan.guards if MEASURES[name].kind == "level"]):
+            raise ConfigError(
+                f"rollout.guards.{unwatched[0]}",
+                "this server scores no live quality, so the guard could never pass: add `drift: {sample_rate: 0.05}` "
+                f"to its configuration, or leave out {', '.join(unwatched)} (null; at the terminal --guard NAME=off)",
+            )
 
     def _plan(self, proposal: Proposal) -> tuple[Plan, str]:
         variants = {variant.name: variant for variant in self._config.variants}

@@ -17,7 +17,7 @@ from serve import office as office_module
 from serve.api.app import create_app
 from serve.config import Config, parse_config
 from serve.controller import Controller
-from serve.errors import Conflict, HalftoneError, NotFound
+from serve.errors import ConfigError, Conflict, HalftoneError, NotFound
 from serve.heartbeat import IngressBeat, ReplicaBeat, State
 from serve.metrics import Recorder
 from serve.office import News
@@ -41,6 +41,7 @@ def config(folder: Path, **more: Any) -> Config:
             "model": {"name": "m", "source": "builtin:storyteller"},
             "variants": [{"name": name, "recipe": name} for name in ("bf16", "int8", "nf4")],
             "traffic": {"weights": {"bf16": 100}},
+            "drift": {"sample_rate": 0.05},
             "rollouts": {"store": f"sqlite:///{folder / 'rollouts.db'}"},
             **more,
         }
@@ -250,6 +251,15 @@ async def test_a_canary_that_cannot_be_loaded_fails_before_it_has_traffic(house:
     shown = await house.progression.show("r1")
     assert shown["phase"] == "failed"
     assert "no file" in shown["sentence"]
+
+
+async def test_a_guard_that_nothing_here_measures_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    house = await House(config(tmp_path, drift={"sample_rate": 0.0})).open()
+    with pytest.raises(ConfigError, match=r"kl_divergence: this server scores no live quality.*--guard NAME=off"):
+        await house.progression.start({"to": "int8"})
+    assert (await house.progression.start({"to": "int8", "dry_run": True}))["needs"]
+    assert (await house.progression.start(PLAN))["phase"] == "progressing"
+    await house.progression.close()
 
 
 async def test_a_new_target_restarts_it_and_traffic_is_not_to_be_moved_beside_it(house: House) -> None:

@@ -7,7 +7,10 @@ machine may be busy with other things.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -29,7 +32,9 @@ model: {name: storyteller, source: "builtin:storyteller"}
 variants:
   - {name: fp32, recipe: fp32}
   - {name: int8, recipe: int8}
+  - {name: damaged, recipe: int8, source: DAMAGED}
 traffic: {stable: fp32, weights: {fp32: 100}}
+drift: {reference: fp32, sample_rate: 1.0}
 """
 OFF = dict.fromkeys(("degenerate", "e2e_own_load", "output_length", "kl_divergence", "top1_agreement", "ttft", "itl"))
 PLAN: dict[str, Any] = {
@@ -80,9 +85,30 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(state: Path) -> Iterator[Halftone]:
-    (state / "config.yaml").write_text(CONFIG)
+    damage(state / "damaged")
+    (state / "config.yaml").write_text(CONFIG.replace("DAMAGED", str(state / "damaged")))
     with Halftone(str(state / "config.yaml"), state=state) as running:
         yield running
+
+
+def damage(folder: Path) -> None:
+    """The embedded model with most of its layers missing: faster than it should be, and wrong."""
+    from safetensors.torch import load_file, save_file
+
+    from serve.compression.checkpoints import find_source
+
+    shutil.copytree(find_source("builtin:storyteller"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    (weights,) = folder.glob("*.safetensors")
+    kept = {
+        name: tensor
+        for name, tensor in load_file(weights).items()
+        if not (layer := re.search(r"\.layers\.(\d+)\.", name)) or int(layer[1]) < 2
+    }
+    save_file(kept, weights, {"format": "pt"})
 
 
 def start(server: Halftone, to: str, plan: dict[str, Any]) -> str:
@@ -107,6 +133,17 @@ def variants(server: Halftone) -> dict[str, Any]:
 def until(server: Halftone, id: str, *phases: str, timeout_s: float = 120.0) -> dict[str, Any]:
     server.wait_until(lambda: show(server, id).get("phase") in phases, timeout_s)
     return show(server, id)
+
+
+def test_a_damaged_canary_is_rolled_back_on_its_divergence_though_it_is_faster(server: Halftone) -> None:
+    guards = {**OFF, "error_rate": 0.2, "e2e": {"margin": 9.0}, "kl_divergence": {"margin": 0.05}}
+    with Load(server.url):
+        id = start(server, "damaged", {**SLOW, "guards": guards})
+        told = until(server, id, "rolled_back", "succeeded", "failed")
+    assert (told["phase"], told["decisive"]) == ("rolled_back", "kl_divergence"), told["sentence"]
+    findings = {finding["guard"]: finding for finding in told["verdict"]["findings"]}
+    assert findings["kl_divergence"]["estimate"] > 0.1
+    assert findings["e2e"]["estimate"] < 0.0
 
 
 def test_int8_is_promoted_through_all_steps_under_load(server: Halftone) -> None:
