@@ -151,9 +151,9 @@ class _ControllerDeployment:
     async def view(self) -> View:
         return self._controller.view()
 
-    async def set_traffic(self, weights: Mapping[str, float]) -> View:
+    async def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None) -> View:
         self._rollouts.require_idle("dealing traffic by hand")
-        view = self._controller.set_traffic(weights)
+        view = self._controller.set_traffic(weights, shadow)
         await self._rollouts.moved_by_hand(view.split)
         return view
 

@@ -98,13 +98,18 @@ class Controller:
         states = tuple(self._state(v.name, v.precision) for v in self._config.variants)
         return View(self._split, states, is_young=self._is_young)
 
-    def set_traffic(self, weights: Mapping[str, float]) -> View:
-        """Deal traffic anew: one revision more, and nothing restarts. Raises ConfigError by the key's path."""
+    def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None) -> View:
+        """Deal traffic anew: one revision more, and nothing restarts. Raises ConfigError by the key's path.
+
+        shadow: None leaves it as it is.
+        """
         names = [variant.name for variant in self._config.variants]
-        for name in weights:
-            if name not in names:
-                raise ConfigError(f"traffic.weights.{name}", f"unknown variant; allowed: {', '.join(names)}")
-        self._split = self._split.moved(weights)
+        for key, given in (("weights", weights), ("shadow", shadow or {})):
+            for name in given:
+                if name not in names:
+                    raise ConfigError(f"traffic.{key}.{name}", f"unknown variant; allowed: {', '.join(names)}")
+        moved = self._split.moved(weights)
+        self._split = moved if shadow is None else replace(moved, shadow=dict(shadow))
         return self.view()
 
     @property

@@ -78,6 +78,24 @@ class Journal:
         self.keep(outcome)
         return Trace(self, self._recorder, self._labels(state), call, outcome)
 
+    def open_shadow(self, call: Call, state: VariantState, split: Split, served: Trace) -> Trace:
+        """A mirrored call: it has a record, paired with the served one, and no request metric counts it."""
+        outcome = replace(
+            served.outcome,
+            record=next(self._numbers),
+            variant=state.name,
+            revision=split.revision,
+            warm_up=state.is_cold,
+            shadow=True,
+            pair=served.outcome.record,
+        )
+        self.keep(outcome)
+        return Trace(self, Recorder(), self._labels(state), call, outcome, whole=True)
+
+    def mirrored(self, state: VariantState, result: str) -> None:
+        """A call was to be mirrored, and this became of it."""
+        self._recorder.add(metrics.SHADOW, self._labels(state), 1, result)
+
     def refused(self, code: str) -> None:
         """A call that came to no variant."""
         self._recorder.add(metrics.ERRORS, VariantLabels(self._model_name, "", ""), 1, code)
@@ -127,7 +145,14 @@ class Trace:
     """One call while it runs. `observe` is given every event as it arrives, `left` once if the client goes away."""
 
     def __init__(
-        self, journal: Journal, recorder: Recorder, labels: VariantLabels, call: Call, outcome: Outcome
+        self,
+        journal: Journal,
+        recorder: Recorder,
+        labels: VariantLabels,
+        call: Call,
+        outcome: Outcome,
+        *,
+        whole: bool = False,
     ) -> None:
         self._journal = journal
         self._recorder = recorder
@@ -137,6 +162,25 @@ class Trace:
         self._choices_left = {request.request_id: request.n for request in call.requests}
         self._first_s: dict[str, float] = {}
         self._choices: dict[tuple[str, int], _Choice] = {}
+        self._tokens: list[int] | None = [] if whole else None
+        self._has_text = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """The record as it stands."""
+        return self._outcome
+
+    def listen(self) -> None:
+        """Remember every token of the answer, which another will be compared with. Before its first event."""
+        self._tokens = []
+
+    def compare(self, served: Trace) -> None:
+        """Both answers are whole: how far they are the same."""
+        pairs = zip(self._tokens or (), served._tokens or (), strict=False)
+        differing = (index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)
+        shortest = min(len(self._tokens or ()), len(served._tokens or ()))
+        self._note(agreed_tokens=next(differing, shortest))
+        self._journal.keep(self._outcome)
 
     def observe(self, event: Event) -> None:
         if isinstance(event, PromptDelta):
@@ -173,6 +217,9 @@ class Trace:
 
     def _on_delta(self, delta: Delta, at_s: float) -> None:
         tokens = len(delta.token_ids)
+        self._has_text |= bool(delta.text)
+        if self._tokens is not None:
+            self._tokens += delta.token_ids
         choice = self._choices.setdefault((delta.request_id, delta.choice_index), _Choice())
         if tokens and delta.request_id not in self._first_s:
             self._first_s[delta.request_id] = at_s
@@ -226,6 +273,7 @@ class Trace:
             tpot_s=sum(tpots_s) / len(tpots_s) if tpots_s else None,
             e2e_s=time.perf_counter() - self._received_s,
             looping=any(is_looping(choice.last_tokens) for choice in choices),
+            empty=self._outcome.finish_reason == "stop" and not self._has_text,
         )
         self._journal.keep(self._outcome)
 

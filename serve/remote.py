@@ -94,8 +94,8 @@ class RemoteController:
         answer: View = await self._call(self._handle.ingress.remote(beat))
         return answer
 
-    async def set_traffic(self, weights: Mapping[str, float]) -> View:
-        answer: View = await self._call(self._handle.set_traffic.remote(dict(weights)))
+    async def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None) -> View:
+        answer: View = await self._call(self._handle.set_traffic.remote(dict(weights), shadow))
         return answer
 
     async def metrics(self, beat: IngressBeat) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,6 @@ from uuid import uuid4
 
 from serve.api.backend import Call, ModelCard
 from serve.errors import (
-    ConfigError,
     GenerationFailed,
     HalftoneError,
     InvalidRequest,
@@ -36,6 +35,7 @@ from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Token
 from serve.heartbeat import IngressBeat, VariantState, View
 from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
 from serve.journal import Journal, Trace, code_of
+from serve.mirror import Mirror
 from serve.pairs import DriftSettings, Kept, Scores, Side
 from serve.presence import Presence
 from serve.rollout import Assignment, Split, assign
@@ -75,7 +75,7 @@ class Control(Protocol):
 
     async def ingress(self, beat: IngressBeat) -> View: ...
 
-    async def set_traffic(self, weights: Mapping[str, float]) -> View: ...
+    async def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None) -> View: ...
 
     async def metrics(self, beat: IngressBeat) -> str: ...
 
@@ -101,6 +101,7 @@ class Router:
         self._inbox = Inbox(self._name)
         self._journal = Journal(model_name, self._name)
         self._scorer = Scorer(drift, links, self._journal)
+        self._mirror = Mirror(self._journal, self._ask_unread)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Life
@@ -156,6 +157,8 @@ class Router:
             raise
         trace = self._journal.open(call, state, assignment, self._known().split)
         answer = RoutedAnswer(self, call, self._links[state.name], _disclosure(state, assignment), trace)
+        if assignment is not None:  # a pin is nobody's traffic to compare
+            self._mirror_call(answer, state)
         for request in call.requests:
             self._inbox.open(request.request_id, answer.mailbox)
             # One text of a call is enough to be scored: its outcome has room for one drift.
@@ -184,9 +187,7 @@ class Router:
     async def set_traffic(
         self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None
     ) -> Mapping[str, Any]:
-        if shadow:
-            raise ConfigError("shadow", "this server mirrors no traffic; leave it out")
-        self._see(await self._control.set_traffic(weights))
+        self._see(await self._control.set_traffic(weights, shadow))
         return await self.traffic()
 
     # Whom to ask
@@ -256,6 +257,23 @@ class Router:
             fingerprint=state.fingerprint,
             reason=state.reason,
         )
+
+    # What nobody reads
+
+    def _mirror_call(self, answer: RoutedAnswer, state: VariantState) -> None:
+        """Before the answer's first event: start its shadows, which it never waits for."""
+        view, call, mailbox = self._known(), answer.call, answer.mailbox
+        for shadow in self._mirror.draw(call, state, view):
+            answer.trace.listen()
+            ended = partial(mailbox.ended, call.requests[0].request_id)
+            self._spawn(self._mirror.run(call, shadow, answer.trace, ended, view))
+
+    def _ask_unread(self, call: Call, state: VariantState, trace: Trace) -> tuple[Mailbox, Callable[[], None]]:
+        link, request = self._links[state.name], call.requests[0]
+        answer = RoutedAnswer(self, call, link, _disclosure(state, None), trace)
+        self._inbox.open(request.request_id, answer.mailbox)
+        self._spawn(self._drive(request, answer, self._scorer.draw(request, state, self._known())))
+        return answer.mailbox, partial(self.abandon, link, answer.mailbox)
 
     # How it is answered
 

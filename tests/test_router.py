@@ -12,7 +12,6 @@ import pytest
 from serve import router as router_module
 from serve.api.backend import Backend, Call
 from serve.errors import (
-    ConfigError,
     GenerationFailed,
     HalftoneError,
     InvalidRequest,
@@ -34,6 +33,7 @@ from serve.generation import (
 from serve.heartbeat import IngressBeat, State, VariantState, View
 from serve.hop import Outbox, Parcel, ReplicaDied
 from serve.metrics import Snapshot
+from serve.pairs import DriftSettings, Kept, Scores, Side
 from serve.rollout import Outcome, Split, assign
 from serve.router import RoutedAnswer, Router
 
@@ -52,8 +52,22 @@ class FakeLink:
         self.aborted: list[str] = []
         self.drop_last = False
         self.stuck = False
+        self.read: list[tuple[str, str, str]] = []
+        self.blind: HalftoneError | None = None
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
+        async for parcel in self._parcels(request, channel):
+            yield parcel
+        if request.keep:
+            yield Kept((self.name, request.keep))
+
+    async def score(self, kept: Kept, side: Side) -> Scores:
+        self.read.append((*kept.content, side))
+        if self.blind:
+            raise self.blind
+        return Scores((0.01, 0.03, 0.02), 2, 1, -0.1, 1, 5, 11.0, 10.0)
+
+    async def _parcels(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
         self.asked.append(request.request_id)
         error = self.script.pop(0) if self.script else None
         if error:
@@ -104,6 +118,7 @@ class FakeControl:
         self.split = Split(stable=next(iter(weights)), weights=weights, salt="salt")
         self.states = dict(states)
         self.replicas = 2
+        self.waiting = 0
         self.outcomes: dict[int, Outcome] = {}
         self.deaths: Mapping[str, int] = {}
         self.snapshot = Snapshot()
@@ -122,6 +137,8 @@ class FakeControl:
                     reason="no file" if state == "failed" else None,
                     fingerprint=f"f-{name}",
                     ready_replicas=self.replicas if state == "ready" else 0,
+                    head="same",
+                    waiting=self.waiting,
                 )
                 for name, state in self.states.items()
             ),
@@ -134,8 +151,9 @@ class FakeControl:
         self.snapshot, self.deaths = beat.snapshot, beat.deaths
         return replace(self.view, is_young=self.is_young)
 
-    async def set_traffic(self, weights: Mapping[str, float]) -> View:
-        self.split = self.split.moved(weights)
+    async def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None) -> View:
+        moved = self.split.moved(weights)
+        self.split = moved if shadow is None else replace(moved, shadow=shadow)
         return self.view
 
     async def metrics(self, beat: IngressBeat) -> str:
@@ -156,10 +174,12 @@ class FakeControl:
 class Stage:
     """A router with its fakes."""
 
-    def __init__(self, states: Mapping[str, State], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self, states: Mapping[str, State], weights: Mapping[str, float], drift: DriftSettings | None = None
+    ) -> None:
         self.links = {name: FakeLink(name) for name in states}
         self.control = FakeControl(states, weights)
-        self.router = Router("m", self.links, self.control, name="ingress")
+        self.router = Router("m", self.links, self.control, name="ingress", drift=drift)
         self._numbers = iter(range(1000))
 
     async def beat(self) -> Stage:
@@ -226,8 +246,9 @@ async def test_new_weights_apply_to_the_very_next_request(two: Stage) -> None:
     split = await two.router.set_traffic({"bf16": 0, "int8": 100})
     assert split["revision"] == 1
     assert (await two.ask())[0].disclosure.variant == "int8"
-    with pytest.raises(ConfigError, match="mirrors no traffic"):
-        await two.router.set_traffic({"bf16": 100}, {"int8": 0.5})
+    split = await two.router.set_traffic({"bf16": 100}, {"int8": 0.5})
+    assert split["shadow"] == {"int8": 0.5}
+    assert (await two.router.set_traffic({"bf16": 100}))["shadow"] == {"int8": 0.5}
 
 
 async def test_an_older_split_never_replaces_a_newer_one(two: Stage) -> None:
@@ -517,3 +538,97 @@ async def test_evidence_that_was_not_written_down_is_sent_again(two: Stage) -> N
         two.control.outcomes.clear()
         await two.beat()
         assert len(two.control.outcomes) == kept
+
+
+async def pairing(weights: Mapping[str, float], **states: State) -> Stage:
+    made: dict[str, State] = {"bf16": "ready", "int8": "ready", **states}
+    return await Stage(made, weights, drift=DriftSettings("bf16", 1.0)).beat()
+
+
+async def counted(stage: Stage, name: str, *labels: str, least: float = 1.0) -> float:
+    """What a metric has come to, once it has come that far."""
+    async with asyncio.timeout(10):
+        while True:
+            await stage.beat()
+            if (count := stage.control.counted(name, *labels)) >= least:
+                return count
+            await asyncio.sleep(0.001)
+
+
+async def test_a_sampled_answer_is_read_by_the_reference_and_its_drift_follows_its_record() -> None:
+    stage = await pairing({"bf16": 0, "int8": 100})
+    await stage.ask()
+    await counted(stage, "drift_samples_total", "int8", "scored")
+    assert stage.links["bf16"].read == [("int8", "hidden", "variant")]
+    (outcome,) = stage.control.outcomes.values()
+    assert outcome.drift is not None
+    assert (outcome.drift.tokens, outcome.drift.kl_max, outcome.drift.nonfinite_tokens) == (3, 0.03, 1)
+    assert outcome.drift.kl_mean == pytest.approx(0.02)
+    assert outcome.drift.flipped is None, "the answer was sampled"
+    assert stage.control.counted("drift_tokens_total", "int8") == 3
+    assert stage.control.counted("drift_nll_variant_nats_total", "int8") == 11.0
+    await stage.router.close()
+
+
+async def test_what_the_reference_served_is_read_by_another_and_counts_as_that_ones_drift() -> None:
+    stage = await pairing({"bf16": 60, "int8": 40})
+    while not stage.links["int8"].read:
+        await stage.ask()
+        await asyncio.sleep(0.01)
+    assert stage.links["int8"].read[0] == ("bf16", "hidden", "reference")
+    await counted(stage, "drift_samples_total", "int8", "scored")
+    served = [outcome for outcome in stage.control.outcomes.values() if outcome.variant == "bf16" and outcome.reading]
+    assert served[0].drift is None
+    assert served[0].read_by == "int8"
+    await stage.router.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "result"),
+    [(Overloaded("busy"), "shed"), (ReplicaDied("gone"), "no_data"), (GenerationFailed("broken"), "failed")],
+)
+async def test_a_reader_that_cannot_read_is_counted_and_nobody_notices(error: HalftoneError, result: str) -> None:
+    stage = await pairing({"bf16": 0, "int8": 100})
+    stage.links["bf16"].blind = error
+    _, events = await stage.ask()
+    assert text(events) == "int8 " * 3
+    await counted(stage, "drift_samples_total", "int8", result)
+    assert all(outcome.ok and outcome.drift is None for outcome in stage.control.outcomes.values())
+    await stage.router.close()
+
+
+async def test_without_a_reference_there_is_no_data_and_where_users_wait_scoring_is_shed() -> None:
+    stage = await pairing({"bf16": 0, "int8": 100}, bf16="loading")
+    await stage.ask()
+    assert await counted(stage, "drift_samples_total", "int8", "no_data") == 1
+    stage.control.states["bf16"], stage.control.waiting = "ready", 3
+    await stage.beat()
+    await stage.ask()
+    assert await counted(stage, "drift_samples_total", "int8", "shed") == 1
+    assert stage.links["bf16"].read == []
+    await stage.router.close()
+
+
+async def test_a_shadow_is_asked_beside_and_compared_and_the_client_sees_nothing_of_it(two: Stage) -> None:
+    await two.router.set_traffic({"bf16": 100, "int8": 0}, {"int8": 1.0})
+    answer, events = await two.ask()
+    assert answer.disclosure.variant == "bf16"
+    assert text(events) == "bf16 " * 3
+    assert await counted(two, "shadow_requests_total", "int8", "compared") == 1
+    served, shadow = sorted(two.control.outcomes.values(), key=lambda outcome: outcome.shadow)
+    assert (shadow.variant, shadow.pair, shadow.agreed_tokens) == ("int8", served.record, 3)
+    assert shadow.ok
+    assert two.control.counted("generation_tokens_total", "int8") == 0, "nobody was served by it"
+
+
+async def test_a_shadow_that_fails_or_finds_the_server_busy_is_only_counted(two: Stage) -> None:
+    await two.router.set_traffic({"bf16": 100, "int8": 0}, {"int8": 1.0})
+    two.links["int8"].script = [GenerationFailed("broken")]
+    _, events = await two.ask()
+    assert text(events) == "bf16 " * 3
+    assert await counted(two, "shadow_requests_total", "int8", "failed") == 1
+    two.control.waiting = 1
+    await two.beat()
+    await two.ask()
+    assert await counted(two, "shadow_requests_total", "int8", "shed") == 1
+    assert len(two.links["int8"].asked) == 1

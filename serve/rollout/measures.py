@@ -93,7 +93,7 @@ def _of_success(read: Callable[[Outcome], float | None]) -> Callable[[Outcome], 
 
 def _degenerate(outcome: Outcome) -> float | None:
     """Empty or looping answers, among those that ended well; an answer that was asked to be empty does not count."""
-    return float(outcome.looping or outcome.completion_tokens == 0) if outcome.ok else None
+    return float(outcome.looping or outcome.empty or outcome.completion_tokens == 0) if outcome.ok else None
 
 
 def _of_drift(read: Callable[[Drift], float | None]) -> Callable[[Outcome], float | None]:
