@@ -212,6 +212,14 @@ def test_a_killed_controller_goes_on_at_the_same_step_with_the_same_evidence(ser
 
 def test_a_server_that_is_killed_whole_resumes_its_rollout_when_it_starts_again(server: Halftone, state: Path) -> None:
     (id,) = [row["id"] for row in httpx.get(f"{server.url}/admin/rollouts").json()["rollouts"] if not row["ended"]]
+    counted: list[Any] = []
+
+    def all_is_counted() -> bool:
+        """The last records of the load come with the next beats: nothing new for three seconds."""
+        counted.append((time.monotonic(), show(server, id)["n_step"]))
+        return counted[-1][0] - next(at_s for at_s, n in counted if n == counted[-1][1]) > 3.0
+
+    server.wait_until(all_is_counted)
     before = show(server, id)
     family = server.family()
     os.killpg(server.process.pid, signal.SIGKILL)
