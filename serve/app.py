@@ -127,10 +127,11 @@ class _VariantDeployment:
 
 
 class _ControllerDeployment:
-    """`serve.controller.Controller` and its rollouts, as Ray sees them: all on one event loop."""
+    """`serve.controller.Controller`, its rollouts and experiments, as Ray sees them: all on one event loop."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]
         from serve.controller import Controller
+        from serve.experimentation import Experimentation
         from serve.progression import Progression
         from serve.webhooks import Webhooks
 
@@ -138,13 +139,16 @@ class _ControllerDeployment:
         self._webhooks = Webhooks(config.model_name, config.rollouts.webhooks)
         self._webhooks.open()
         self._rollouts = Progression(config, self._controller, announce=self._webhooks.announce)
+        self._experiments = Experimentation(config, self._controller, self._rollouts)
         await self._rollouts.open()
+        await self._experiments.open()
 
     async def replica(self, beat: ReplicaBeat) -> Orders:
         return self._controller.replica(beat)
 
     async def ingress(self, beat: IngressBeat) -> View:
         self._controller.ingress(beat)
+        await self._experiments.take(beat.batch)
         counted = await self._rollouts.take(beat.batch)
         return replace(self._controller.view(), counted=counted)
 
@@ -153,6 +157,7 @@ class _ControllerDeployment:
 
     async def set_traffic(self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None) -> View:
         self._rollouts.require_idle("dealing traffic by hand")
+        self._experiments.require_idle("dealing traffic by hand")
         view = self._controller.set_traffic(weights, shadow)
         await self._rollouts.moved_by_hand(view.split)
         return view
@@ -165,10 +170,18 @@ class _ControllerDeployment:
 
     async def rollouts(self, method: str, *arguments: Any) -> Mapping[str, Any]:
         """`start`, `order`, `all`, `show`, `history` or `recorded` of the rollouts."""
+        if method == "start" and not arguments[0].get("dry_run"):
+            self._experiments.require_idle("a rollout")
         answer: Mapping[str, Any] = await getattr(self._rollouts, method)(*arguments)
         return answer
 
+    async def experiments(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        """`start`, `stop`, `all` or `report` of the experiments."""
+        answer: Mapping[str, Any] = await getattr(self._experiments, method)(*arguments)
+        return answer
+
     async def __del__(self) -> None:  # Serve awaits it
+        await self._experiments.close()
         await self._rollouts.close()
         await self._webhooks.close()
 
@@ -186,12 +199,12 @@ class _IngressDeployment:
     ) -> None:
         from serve.api.app import create_app
         from serve.listener import Listener
-        from serve.remote import RemoteController, RemoteRollouts, RemoteVariant
+        from serve.remote import RemoteController, RemoteExperiments, RemoteRollouts, RemoteVariant
         from serve.router import Router
 
         links = {name: RemoteVariant(name, handle) for name, handle in variants.items()}
         self._router = Router(config.model_name, links, RemoteController(controller), drift=config.drift)
-        self._app = create_app(self._router, config.api, RemoteRollouts(controller))
+        self._app = create_app(self._router, config.api, RemoteRollouts(controller), RemoteExperiments(controller))
         self._router.open()
         self._listener = Listener(self._app, **listen) if listen else None
         if self._listener:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from serve.commands import artifacts, rollout
+from serve.commands import artifacts, experiment, rollout
 from serve.commands.advise import advise
 from serve.commands.bench import bench
 from serve.commands.compress import compress
@@ -74,6 +74,7 @@ app.command()(distill)
 app.command()(sensitivity)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(experiment.app, name="experiment")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, View
 from serve.hop import Parcel, ReplicaDied
 from serve.pairs import Kept, Scores, Side
 
-__all__ = ["Handle", "RemoteController", "RemoteRollouts", "RemoteVariant", "as_halftone"]
+__all__ = ["Handle", "RemoteController", "RemoteExperiments", "RemoteRollouts", "RemoteVariant", "as_halftone"]
 
 _LOG = logging.getLogger(__name__)
 _CONTROLLER_TIMEOUT_S = 5.0
@@ -140,6 +140,31 @@ class RemoteRollouts:
         with _mapped("the controller"):
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 answer: Mapping[str, Any] = await self._handle.rollouts.remote(method, *arguments)
+                return answer
+
+
+class RemoteExperiments:
+    """The controller's experiments (`serve.api.backend.Experiments`)."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def start(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await self._call("start", dict(body))
+
+    async def stop(self, name: str) -> Mapping[str, Any]:
+        return await self._call("stop", name)
+
+    async def all(self) -> Mapping[str, Any]:
+        return await self._call("all")
+
+    async def report(self, name: str) -> Mapping[str, Any]:
+        return await self._call("report", name)
+
+    async def _call(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        with _mapped("the controller"):
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                answer: Mapping[str, Any] = await self._handle.experiments.remote(method, *arguments)
                 return answer
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,60 @@ def test_changing_weights_moves_new_requests_and_restarts_nothing(server: Halfto
     wrong = httpx.put(f"{server.url}/admin/traffic", json={"weights": {"fp32": 20, "int9": 80}})
     assert wrong.status_code == 400
     assert "int9" in wrong.json()["error"]["message"]
+
+
+def test_an_experiment_deals_users_reports_what_they_got_and_gives_the_traffic_back(
+    server: Halftone, client: openai.OpenAI
+) -> None:
+    admin = f"{server.url}/admin"
+    before = httpx.get(f"{admin}/traffic").json()
+    body = {"name": "pair", "weights": {"fp32": 50, "int8": 50}, "settle_s": 0, "block_s": 1, "price_per_hour": 1}
+    started = httpx.post(f"{admin}/experiments", json=body)
+    assert started.status_code == 200, started.text
+    assert started.json()["state"] == "running"
+    for path, asked in (("experiments", {**body, "name": "other"}), ("rollouts", {"to": "int8"})):
+        assert httpx.post(f"{admin}/{path}", json=asked).status_code == 409
+    assert httpx.put(f"{admin}/traffic", json={"weights": {"fp32": 100}}).status_code == 409
+    server.wait_until(lambda: server.metric("traffic_weight_ratio", variant="int8") == 0.5)
+    time.sleep(1.2)  # until every ingress has asked for the split
+    served: dict[str, set[str]] = {}
+    asked_for = 0
+
+    def ask_all_users() -> None:
+        for user in (f"user-{index}" for index in range(12)):
+            answer = client.completions.with_raw_response.create(
+                model="storyteller", prompt="Once", max_tokens=4, user=user, extra_body={"ignore_eos": True}
+            )
+            served.setdefault(user, set()).add(answer.headers["x-halftone-variant"])
+
+    def report() -> dict[str, Any]:
+        return dict(httpx.get(f"{admin}/experiments/pair/report", timeout=30).json())
+
+    def told(shown: dict[str, Any]) -> int:
+        return int(sum(row["n"] for row in shown["variants"]) + shown["left_out"]["warm_up"])
+
+    while not all(row["n"] for row in report()["variants"]):  # the first seconds of a replica are warm-up
+        ask_all_users()
+        asked_for += 12
+        server.wait_until(lambda sent=asked_for: told(report()) == sent)
+    client.completions.create(model="storyteller@int8", prompt="Once", max_tokens=4)
+    assert all(len(variants) == 1 for variants in served.values())
+    assert set.union(*served.values()) == {"fp32", "int8"}
+
+    seen = {row["variant"]: row for row in report()["variants"]}
+    for name in ("fp32", "int8"):
+        assert seen[name]["units"] == sum(variants == {name} for variants in served.values())
+        assert seen[name]["itl_s"]["p50"]["estimate"] > 0
+        assert seen[name]["completion_tokens"] == 4 * seen[name]["n"]
+        assert seen[name]["cost_per_million_tokens"] > 0
+        assert seen[name]["memory_bytes"]["weights"] > 0
+    server.wait_until(lambda: report()["left_out"]["pinned"] == 1)
+    stopped = httpx.post(f"{admin}/experiments/pair/stop")
+    assert (stopped.status_code, stopped.json()["state"]) == (200, "ended")
+    server.wait_until(lambda: httpx.get(f"{admin}/traffic").json()["revision"] > before["revision"] + 1)
+    after = httpx.get(f"{admin}/traffic").json()
+    assert {**after, "revision": 0} == {**before, "revision": 0}
+    assert httpx.get(f"{admin}/experiments/nobody/report").status_code == 404
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Halftone) -> None:

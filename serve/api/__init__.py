@@ -4,8 +4,19 @@
 """
 
 from serve.api.auth import Keys
-from serve.api.backend import Answer, Backend, Call, ModelCard, ModelState, Rollouts
+from serve.api.backend import Answer, Backend, Call, Experiments, ModelCard, ModelState, Rollouts
 from serve.api.limits import Limits
 from serve.api.settings import ApiSettings
 
-__all__ = ["Answer", "ApiSettings", "Backend", "Call", "Keys", "Limits", "ModelCard", "ModelState", "Rollouts"]
+__all__ = [
+    "Answer",
+    "ApiSettings",
+    "Backend",
+    "Call",
+    "Experiments",
+    "Keys",
+    "Limits",
+    "ModelCard",
+    "ModelState",
+    "Rollouts",
+]

@@ -11,12 +11,13 @@ from typing import Final
 from fastapi import FastAPI
 
 from serve.api.auth import PUBLIC_PATHS
-from serve.api.backend import Backend, Rollouts
+from serve.api.backend import Backend, Experiments, Rollouts
 from serve.api.errors import install_error_handlers
 from serve.api.guard import Guard
 from serve.api.openapi import describe
 from serve.api.routes import (
     admin_routes,
+    experiment_routes,
     generation_routes,
     index_routes,
     model_routes,
@@ -35,7 +36,12 @@ _DESCRIPTION: Final = (
 )
 
 
-def create_app(backend: Backend, settings: ApiSettings | None = None, rollouts: Rollouts | None = None) -> FastAPI:
+def create_app(
+    backend: Backend,
+    settings: ApiSettings | None = None,
+    rollouts: Rollouts | None = None,
+    experiments: Experiments | None = None,
+) -> FastAPI:
     settings = settings or ApiSettings()
     # No redirects to paths with a slash: they would be built from the client's own Host header.
     app = FastAPI(
@@ -53,6 +59,8 @@ def create_app(backend: Backend, settings: ApiSettings | None = None, rollouts: 
     app.include_router(admin_routes(backend, settings))
     if rollouts is not None:
         app.include_router(rollout_routes(rollouts, settings))
+    if experiments is not None:
+        app.include_router(experiment_routes(experiments, settings))
     app.include_router(dashboard_routes())
     app.include_router(index_routes(app))
     install_error_handlers(app)

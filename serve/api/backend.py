@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Tokenized
 
-__all__ = ["Answer", "Backend", "Call", "ModelCard", "ModelState", "Rollouts"]
+__all__ = ["Answer", "Backend", "Call", "Experiments", "ModelCard", "ModelState", "Rollouts"]
 
 ModelState = Literal["loading", "ready", "failed", "freed"]
 
@@ -135,3 +135,15 @@ class Rollouts(Protocol):
     async def history(self, id: str) -> Mapping[str, Any]: ...
 
     async def recorded(self, id: str) -> Mapping[str, Any]: ...
+
+
+class Experiments(Protocol):
+    """The same about experiments, in the shapes of docs/EXPERIMENTS.md."""
+
+    async def start(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    async def stop(self, name: str) -> Mapping[str, Any]: ...
+
+    async def all(self) -> Mapping[str, Any]: ...
+
+    async def report(self, name: str) -> Mapping[str, Any]: ...

@@ -13,6 +13,7 @@ from serve.api.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    ExperimentBody,
     OrderBody,
     RolloutBody,
     TokenizeChatBody,
@@ -31,6 +32,7 @@ _BODIES: Final[tuple[type[Body], ...]] = (
     TrafficBody,
     RolloutBody,
     OrderBody,
+    ExperimentBody,
 )
 _REF: Final = "#/components/schemas/{model}"
 _TEXT_OR_NULL: Final = {"anyOf": [{"type": "string"}, {"type": "null"}]}

@@ -45,7 +45,7 @@ from serve.errors import ConfigError, SetupError
 from serve.rollout.outcome import Batch, Outcome
 from serve.rollout.rollout import Entry, Rollout
 
-__all__ = ["Lease", "LeaseLost", "Record", "Store", "StoreUnavailable"]
+__all__ = ["Lease", "LeaseLost", "Record", "Store", "StoreUnavailable", "open_database"]
 
 _KEPT_PARCELS: Final = 20_000
 _ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only on INTEGER
@@ -119,7 +119,7 @@ class Store:
     def __init__(self, url: str = "sqlite://", *, kept_parcels: int = _KEPT_PARCELS) -> None:
         self._kept_parcels = kept_parcels
         try:
-            self._engine = _engine(url)
+            self._engine = open_database(url)
             _SCHEMA.create_all(self._engine)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise ConfigError("rollouts.store", f"is no usable database URL: {error}") from error
@@ -273,7 +273,8 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _engine(url: str) -> Engine:
+def open_database(url: str) -> Engine:
+    """For any database whose URL a configuration may give. Connects when it is first used."""
     if url in ("sqlite://", "sqlite:///:memory:"):
         engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
     else:

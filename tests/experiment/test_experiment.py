@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve.errors import ConfigError, Conflict, NotFound
 from serve.experiment import Facts, Laboratory, plan_for
+from serve.experiment.store import DatabaseShelf
 from serve.rollout import Split, assign
 from tests.experiment.worlds import parcels
 
@@ -154,3 +156,15 @@ def test_the_last_requests_still_count_and_then_the_report_is_kept_as_it_was() -
         later = kept.report("e", {}, 9999.0)
         assert later == json.loads(json.dumps(told))
     assert len(drawer.kept["e"]) < 200_000
+
+
+def test_a_database_keeps_experiments_in_their_order(tmp_path: Path) -> None:
+    shelf = DatabaseShelf(f"sqlite:///{tmp_path / 'state.db'}")
+    laboratory, split = Laboratory(shelf), BASE
+    for name in ("z", "a"):
+        split = laboratory.start({**ASKED, "name": name}, split, NAMES, {}, 100.0) or split
+        split = laboratory.stop(name, split, 200.0) or split
+    shelf.close()
+    again = Laboratory(DatabaseShelf(f"sqlite:///{tmp_path / 'state.db'}"))
+    assert [row["name"] for row in again.list()["experiments"]] == ["a", "z"]
+    assert again.list() == laboratory.list()

@@ -1,6 +1,6 @@
 """Request bodies: what each route takes, checked to the last field before anything else hears of it."""
 
-from serve.api.schema.admin import OrderBody, RolloutBody, TrafficBody
+from serve.api.schema.admin import ExperimentBody, OrderBody, RolloutBody, TrafficBody
 from serve.api.schema.body import Body, parse
 from serve.api.schema.chat import ChatBody
 from serve.api.schema.completions import CompletionBody
@@ -12,6 +12,7 @@ __all__ = [
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
+    "ExperimentBody",
     "GenerationBody",
     "OrderBody",
     "RolloutBody",
