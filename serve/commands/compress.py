@@ -63,7 +63,7 @@ def compress(
     from serve.errors import SetupError
 
     if out is None and form != "halftone":
-        raise SetupError(f"--format {form} writes for others to read: say where with --out")
+        raise SetupError(f"--format {form} writes something for others to read: say which name it gets with --out")
     parsed, remarks = Recipe.parse(recipe), standard_error()
     samples = options.calibration(calibration, num_samples, sample_tokens, calibration_seed)
     if gradual:

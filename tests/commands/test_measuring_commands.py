@@ -74,7 +74,7 @@ def test_compress_prints_what_came_of_it() -> None:
     ("arguments", "told"),
     [
         (["compress", STORYTELLER, "--recipe", "int9"], "unknown name 'int9'"),
-        (["compress", STORYTELLER, "--recipe", "rtn4", "--format", "gptq"], "say which with --out"),
+        (["compress", STORYTELLER, "--recipe", "rtn4", "--format", "gptq"], "say which name it gets with --out"),
         (["compress", "./none", "--recipe", "int8"], "no such folder"),
         (["evaluate", STORYTELLER, "--recipe", "int8+nf4"], "two quantizers"),
         (["evaluate", STORYTELLER, "--recipe", "int8", "--plot", "plot.doc"], "must end in"),
