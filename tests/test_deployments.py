@@ -40,7 +40,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     document = yaml.safe_load(FILE.read_text())
     port = document["http_options"]["port"] = free_port()
     narrow = {"name": "a", "recipe": "int8", "engine": {"max_num_seqs": 1, "max_queue": 1}}
-    document["applications"][0]["args"]["config"] |= {"variants": [narrow], "traffic": {"stable": "a"}}
+    document["applications"][0]["args"]["config"] |= {"variants": [narrow], "traffic": {"stable": "a"}, "drift": {}}
     file = tmp_path_factory.mktemp("serve") / "serve.yaml"
     file.write_text(yaml.safe_dump(document))
     process = subprocess.Popen(

@@ -161,8 +161,14 @@ def test_int8_is_promoted_through_all_steps_under_load(server: Halftone) -> None
     assert httpx.get(f"{server.url}/admin/traffic").json()["stable"] == "int8"
     server.wait_until(lambda: variants(server)["fp32"]["state"] == "freed")
     assert not variants(server)["fp32"]["memory_bytes"]
-    pinned = httpx.post(f"{server.url}/v1/completions", json={"model": "storyteller@fp32", "prompt": "Once"})
-    assert (pinned.status_code, "gave its memory back" in pinned.text) == (503, True)
+    # Which the ingress hears of with its next report.
+    server.wait_until(lambda: "gave its memory back" in pin_to_fp32(server).text)
+    assert pin_to_fp32(server).status_code == 503
+
+
+def pin_to_fp32(server: Halftone) -> httpx.Response:
+    body = {"model": "storyteller@fp32", "prompt": "Once"}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
 
 
 def test_a_canary_that_crashes_again_and_again_is_rolled_back_at_once_and_nobody_is_lost(server: Halftone) -> None:

@@ -247,6 +247,8 @@ def test_counts_are_exact_the_moment_an_answer_is_there(server: Halftone) -> Non
 
 
 def test_prometheus_counts_what_the_load_generator_counted(server: Halftone, tmp_path: Path) -> None:
+    halves = {"fp32": 50, "int8": 50, "broken": 0}
+    assert httpx.put(f"{server.url}/admin/traffic", json={"weights": halves}).status_code == 200
     with Prometheus(tmp_path, server.url.removeprefix("http://")) as prometheus:
         before = {name: prometheus.query(f"sum by (variant) ({name})") for name in COUNTERS}
         sent = load(server, "--num-requests", "40", "--concurrency", "4", "--output-tokens", "12")

@@ -214,11 +214,11 @@ def test_a_rollout_is_begun_paused_resumed_and_aborted(server: Server, page: Pag
     page.get_by_label("Steps, percent").fill("5, 50")
     page.get_by_role("button", name="What would it need?").click()
     expect(panel).to_contain_text("about 5,690 requests")
-    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Start", exact=True).click()
     expect(panel).to_contain_text("r1: bf16 → int8")
     expect(panel).to_contain_text("1 of 2 (5 %, 50 %)")
     expect(panel.get_by_role("row", name="itl within its margin")).to_contain_text("between -3.00 % and +5.00 %")
-    expect(page.get_by_role("button", name="Start")).to_be_disabled()
+    expect(page.get_by_role("button", name="Start", exact=True)).to_be_disabled()
     expect(page.get_by_role("button", name="Promote")).to_be_disabled()
     page.get_by_role("button", name="Pause").click()
     expect(panel).to_contain_text("r1 is holding.")
@@ -235,7 +235,7 @@ def test_a_rollout_is_begun_paused_resumed_and_aborted(server: Server, page: Pag
 def test_a_canary_that_waits_is_promoted_only_by_who_says_yes(server: Server, page: Page) -> None:
     open_page(page, server)
     page.get_by_label("ask me before it is promoted").check()
-    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Start", exact=True).click()
     expect(page.locator("#rollouts")).to_contain_text("r1: bf16 → int8")
     rollouts = server.stage.rollouts
     assert rollouts.bodies[0]["steps"][-1] == {"weight": 50, "gate": "approval"}

@@ -74,7 +74,7 @@ def test_a_rollout_is_steered_from_the_page(running: Halftone, page: playwright.
     page.get_by_label("Steps, percent").fill("40, 50")
     page.get_by_role("button", name="What would it need?").click()
     expect(panel.get_by_role("status")).to_contain_text(re.compile(r"\d"))
-    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Start", exact=True).click()
     expect(panel).to_contain_text("1 of 2 (40 %, 50 %)")
     expect(page.get_by_role("img", name="Configured: fp32 60 %, nf4 40 %")).to_be_visible()
     for button, phase in (("Pause", "holding"), ("Resume", "progressing"), ("Abort", "aborted")):

@@ -32,10 +32,10 @@ def logprobs(loaded: Any, records: list[list[int]], kv_cache_dtype: str) -> Tens
     core = EngineCore(loaded.model, loaded.tokenizer, settings)
     rows, run = [], core._runner.run
 
-    def recording(*arguments: Any) -> Tensor:
-        logits = run(*arguments)
-        rows.append(logits.log_softmax(-1))
-        return logits
+    def recording(*arguments: Any) -> Any:
+        outputs = run(*arguments)
+        rows.append(outputs.logits.log_softmax(-1))
+        return outputs
 
     core._runner.run = recording
     for number, ids in enumerate(records):
