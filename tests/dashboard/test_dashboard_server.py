@@ -22,6 +22,7 @@ variants:
   - {name: nf4, recipe: nf4}
   - {name: broken, recipe: bf16, source: SOURCE}
 traffic: {stable: fp32, weights: {fp32: 80, nf4: 20, broken: 0}}
+drift: {reference: fp32, sample_rate: 0.05}
 """
 
 
