@@ -50,7 +50,7 @@ struct Step {
 class Decoder {
  public:
   Decoder(Team& team, const Model& model) : team_(team), m_(model), threads_(team.size()) {
-    for (int i = 0; i < team.size(); ++i) threads_[i] = std::make_unique<Thread>();
+    for (int i = 0; i < team.size(); ++i) (threads_[i] = std::make_unique<Thread>())->index = i;
   }
 
   void run(const Step& step) {
@@ -76,7 +76,7 @@ class Decoder {
     AttentionRoom attention;
     Activations activations;
     std::vector<float> row;
-    int turn = 0;
+    int index = 0, turn = 0;
   };
 
   struct Target {
@@ -105,12 +105,12 @@ class Decoder {
 
   void decode(Thread& t, const Step& step) {
     t.turn = 0;
-    team_.deal(t.turn++, step.num_rows, 4, [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, step.num_rows, 4, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) embed(r, step.token_ids[r]);
     });
     team_.barrier();
     for (int64_t i = 0; i < m_.num_layers; ++i) layer(t, m_.layers[i], step);
-    team_.deal(t.turn++, step.num_logits + step.num_hidden, 1, [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, step.num_logits + step.num_hidden, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t kept = r - step.num_logits;
         if (kept < 0)
@@ -180,7 +180,7 @@ class Decoder {
     if (alone) {
       body(0, rows);
     } else {
-      team_.deal(t.turn++, rows, std::max<int64_t>(1, rows / (4 * team_.size())), body);
+      team_.deal(t.index, t.turn++, rows, std::max<int64_t>(1, rows / (4 * team_.size())), body);
       team_.barrier();
     }
     return a;
@@ -204,7 +204,7 @@ class Decoder {
   void multiply(Thread& t, const Activations& a, int64_t rows, std::initializer_list<Target> targets) {
     int64_t panels = 0;
     for (const Target& target : targets) panels += target.linear->panels();
-    team_.deal(t.turn++, panels, panel_chunk(*targets.begin()->linear), [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, panels, panel_chunk(*targets.begin()->linear), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         int64_t panel = p;
         for (const Target& target : targets) {
@@ -237,7 +237,7 @@ class Decoder {
 
   // inner = silu(gate x) * (up x), a panel of each at a time.
   void feed(Thread& t, const Layer& l, const Activations& a, int64_t rows) {
-    team_.deal(t.turn++, l.gate.panels(), std::max<int64_t>(1, panel_chunk(l.gate) / 2), [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, l.gate.panels(), std::max<int64_t>(1, panel_chunk(l.gate) / 2), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         compute_panel(t.panel, l.gate, a, rows, panel);
         compute_panel(t.other, l.up, a, rows, panel);
@@ -255,7 +255,7 @@ class Decoder {
 
   // Rotary positions on queries and keys, in halves (x_i, x_{i + d/2}); new keys and values go into the cache.
   void rotate(Thread& t, const Layer& l, const Step& step) {
-    team_.deal(t.turn++, step.num_rows, std::max<int64_t>(1, step.num_rows / 16), [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, step.num_rows, std::max<int64_t>(1, step.num_rows / 16), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) rotate_row(l, step, r);
     });
     team_.barrier();
@@ -307,7 +307,7 @@ class Decoder {
     int64_t tiles = 0;
     for (int64_t s = 0; s < step.num_spans; ++s) tiles += (step.spans[s].num_rows + tokens - 1) / tokens;
     const Cache cache = cache_of(l);
-    team_.deal(t.turn++, tiles * m_.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, tiles * m_.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t tile = task / m_.kv_heads, s = 0;
         for (; tile >= (step.spans[s].num_rows + tokens - 1) / tokens; ++s) tile -= (step.spans[s].num_rows + tokens - 1) / tokens;

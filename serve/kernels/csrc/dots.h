@@ -17,15 +17,17 @@ inline bool supported() { return true; }
 class Product {
  public:
   static constexpr int kGrain = 1, kRows = 12;    // 24 sums, two lines and a word of activations fit 32 registers
-  static constexpr bool kReadsCodes = true;       // and so do codes that become values there
+  static constexpr int kFewRows = 4;              // up to here a block is as fast as memory
+  static constexpr bool kReadsCodes = true;       // codes become values in registers
 
   // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
   template <bool kInteger>
-  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume) {
+  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume,
+                Ahead ahead = {}) {
     static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
       return std::array{&block<kInteger, kCount + 1>...};
     }(std::make_integer_sequence<int, kRows>());
-    kernels[rows - 1](a, stride, b, steps, sums, resume);
+    kernels[rows - 1](a, stride, b, steps, sums, resume, ahead);
   }
 
   // The same with 4-bit codes.
@@ -40,7 +42,9 @@ class Product {
   void release() {}
 
  private:
-  static constexpr int64_t kAhead = 4096, kCodesAhead = 8192;  // bytes of weights to prefetch
+  // Bytes of weights to prefetch into the first cache. A few rows outrun memory and are fed from there alone; more rows
+  // leave it time, and find in the second cache what `Ahead` brought.
+  static constexpr int64_t kFewRowsAhead = 4096, kManyRowsAhead = 2048, kCodesAhead = 8192;
 
   template <bool kInteger>
   static __m512i dot(__m512i sum, __m512i x, __m512i line) {
@@ -70,7 +74,9 @@ class Product {
   };
 
   template <bool kInteger, int kCount>
-  static void block(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, float* sums, bool resume) {
+  static void block(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, float* sums, bool resume,
+                    Ahead ahead) {
+    constexpr int64_t kAhead = kCount <= kFewRows ? kFewRowsAhead : kManyRowsAhead;
     __m512i sum[kCount][2];
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r)
@@ -78,6 +84,7 @@ class Product {
         sum[r][half] = resume ? _mm512_loadu_si512(sums + r * kPanel + half * 16) : _mm512_setzero_si512();
     Rows<kCount> rows(a, stride);
     for (int64_t s = 0; s < steps; ++s, b += kPanelStep, rows.advance(kStepBytes)) {
+      for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
 #pragma GCC unroll 16
       for (int w = 0; w < 16; ++w) {
         const __m512i left = _mm512_loadu_si512(b + w * 128), right = _mm512_loadu_si512(b + w * 128 + 64);

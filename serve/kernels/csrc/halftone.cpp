@@ -61,8 +61,8 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
   static thread_local Activations activations;
   Activations& a = activations;
   a.reserve(rows, w->inputs, w->format == Format::kCode4 ? w->groups() : 0);
-  team.run([&](int) {
-    team.deal(0, rows, 8, [&](int64_t begin, int64_t end) {
+  team.run([&](int thread) {
+    team.deal(thread, 0, rows, 8, [&](int64_t begin, int64_t end) {
       std::vector<float> row(w->inputs);
       for (int64_t r = begin; r < end; ++r) {
         for (int64_t i = 0; i < w->inputs; i += 16) {
@@ -75,7 +75,7 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
     team.barrier();
     Product product;
     PanelRoom room(product);
-    team.deal(1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
+    team.deal(thread, 1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         compute_panel(room, *w, a, rows, panel);
         for (int64_t r = 0; r < rows; ++r)

@@ -47,6 +47,12 @@ struct Linear {
   int64_t panel_bytes() const { return steps() * (format == Format::kCode4 ? kPanelStep / 4 : kPanelStep); }
 };
 
+// Weights to bring into the second cache while others are multiplied: so many lines with every step.
+struct Ahead {
+  const uint8_t* from = nullptr;
+  int lines = 0;
+};
+
 // Row `output` of a bf16 weight, out of its packed layout: how a tied embedding is read.
 inline void unpack_row(const Linear& w, int64_t output, float* out) {
   const uint8_t* column = w.weight + output / kPanel * w.panel_bytes() + output % kPanel * 4;

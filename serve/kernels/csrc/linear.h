@@ -38,7 +38,8 @@ inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, 
   const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data());
   const int64_t stride = padded(w.inputs) * 2;
   by_row_blocks(rows, [&](int64_t row, int count) {
-    room.product.multiply<false>(x + row * stride, stride, b, w.steps(), count, room.sums.data() + row * kPanel, false);
+    room.product.multiply<false>(x + row * stride, stride, b, w.steps(), count, room.sums.data() + row * kPanel, false,
+                                 ahead_of(b, w.steps(), rows, row));
   });
 }
 
@@ -47,7 +48,7 @@ inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, i
   const int64_t stride = padded(w.inputs), column = panel * kPanel;
   by_row_blocks(rows, [&](int64_t row, int count) {
     room.product.multiply<true>(a.narrow.data() + row * stride, stride, b, w.steps(), count,
-                                room.raw.data() + row * kPanel, false);
+                                room.raw.data() + row * kPanel, false, ahead_of(b, w.steps(), rows, row));
     fold_rows(room, row, count, [&](int64_t r, int half, const float* raw, float* sums) {
       const __mmask16 mask = first(w.outputs - column - half * 16);
       const __m512 scale = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.scale) + column + half * 16);

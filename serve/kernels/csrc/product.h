@@ -13,13 +13,29 @@
 
 namespace halftone {
 
-// Rows in blocks of like size, none larger than the product takes: body(first row, rows).
-template <typename Body>
-inline void by_row_blocks(int64_t rows, Body&& body) {
+// Of blocks of like size, none larger than the product takes.
+inline int64_t block_height(int64_t rows) {
   const int64_t blocks = (rows + Product::kRows - 1) / Product::kRows;
   const int64_t grains = (rows + Product::kGrain - 1) / Product::kGrain;
-  const int64_t count = (grains + blocks - 1) / blocks * Product::kGrain;
+  return (grains + blocks - 1) / blocks * Product::kGrain;
+}
+
+// Rows in such blocks: body(first row, rows).
+template <typename Body>
+inline void by_row_blocks(int64_t rows, Body&& body) {
+  const int64_t count = block_height(rows);
   for (int64_t row = 0; row < rows; row += count) body(row, static_cast<int>(std::min(count, rows - row)));
+}
+
+// What to fetch while the block of rows that begins at `row` is multiplied with a panel at b. Memory never rests: a
+// panel's blocks share the next panel among them, and a single one that is slower than memory fetches some steps ahead.
+inline Ahead ahead_of(const uint8_t* b, int64_t steps, int64_t rows, int64_t row) {
+  constexpr int64_t kNear = 8192;
+  constexpr int kLines = kPanelStep / 64;
+  const int64_t height = block_height(rows), blocks = (rows + height - 1) / height;
+  if (blocks == 1) return rows > Product::kFewRows ? Ahead{b + kNear, kLines} : Ahead{};
+  const int64_t lines = (kLines + blocks - 1) / blocks;
+  return {b + steps * (kPanelStep + row / height * lines * 64), static_cast<int>(lines)};
 }
 
 }  // namespace halftone

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,7 +18,7 @@ namespace halftone {
 
 class Team {
  public:
-  explicit Team(int threads) : size_(threads < 1 ? 1 : threads) {
+  explicit Team(int threads) : size_(threads < 1 ? 1 : threads), stretches_(size_) {
     for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
@@ -32,7 +33,8 @@ class Team {
   // Runs body(thread) on every thread, the caller being thread 0; returns when all are done.
   void run(const std::function<void(int)>& body) {
     body_ = &body;
-    chunks_[0] = chunks_[1] = chunks_[2] = chunks_[3] = 0;
+    for (Stretch& stretch : stretches_)
+      for (auto& taken : stretch.taken) taken = 0;
     pending_.store(size_ - 1);
     wake();
     body(0);
@@ -51,16 +53,23 @@ class Team {
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
   }
 
-  // Deals [0, count) out in chunks to whichever thread is free: a thread that lost its core delays nobody for long.
+  // Deals [0, count) out: each thread takes chunks from the front of its own stretch, in order, so that it reads memory
+  // in one stream; then from the back of another's, so that a thread that lost its core delays nobody for long.
   // `turn` numbers the loops of one run, alike on all threads; consecutive loops are separated by a barrier.
   template <typename Body>
-  void deal(int turn, int64_t count, int64_t chunk, Body&& body) {
-    chunks_[(turn + 2) & 3].store(0, std::memory_order_relaxed);
-    std::atomic<int64_t>& next = chunks_[turn & 3];
-    for (;;) {
-      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(begin, begin + chunk < count ? begin + chunk : count);
+  void deal(int thread, int turn, int64_t count, int64_t chunk, Body&& body) {
+    stretches_[thread].taken[(turn + 2) & 3].store(0, std::memory_order_relaxed);
+    for (int other = 0; other < size_; ++other) {
+      const int owner = (thread + other) % size_;
+      const int64_t begin = count * owner / size_, end = count * (owner + 1) / size_;
+      std::atomic<uint64_t>& taken = stretches_[owner].taken[turn & 3];
+      for (;;) {
+        const uint64_t before = taken.fetch_add(other == 0 ? chunk : chunk << 32, std::memory_order_relaxed);
+        const int64_t front = begin + static_cast<uint32_t>(before), back = end - static_cast<int64_t>(before >> 32);
+        if (front >= back) break;
+        if (other == 0) body(front, std::min(front + chunk, back));
+        else body(std::max(back - chunk, front), back);
+      }
     }
   }
 
@@ -101,7 +110,10 @@ class Team {
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
-  alignas(64) std::atomic<int64_t> chunks_[4] = {};
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> taken[4] = {};  // by turn: from the front in the low half, from the back in the high one
+  };
+  std::vector<Stretch> stretches_;
 };
 
 }  // namespace halftone

@@ -27,11 +27,13 @@ class Product {
  public:
   static constexpr int kTileRows = 16;
   static constexpr int kGrain = kTileRows, kRows = 2 * kTileRows;
+  static constexpr int kFewRows = kRows;      // up to here a block is as fast as memory
   static constexpr bool kReadsCodes = false;  // they are unpacked to memory first
 
   // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
   template <bool kInteger>
-  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume) {
+  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume,
+                Ahead ahead = {}) {
     const int upper = std::min(rows, kTileRows), lower = rows - upper;
     configure(upper, lower);
     float* below = sums + kTileRows * kPanel;
@@ -49,6 +51,7 @@ class Product {
     }
     for (int64_t s = 0; s < steps; ++s, a += kStepBytes, b += kPanelStep) {
       for (int line = 0; line < kPanelStep; line += 64) _mm_prefetch(b + 3 * kPanelStep + line, _MM_HINT_T0);
+      for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
       _tile_loadd(6, b, 128);
       _tile_loadd(7, b + 64, 128);
       _tile_loadd(4, a, stride);
