@@ -47,6 +47,8 @@ class Config:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     drift: DriftSettings | None = None
     """None: nothing is scored."""
+    co2_grams_per_kwh: float | None = None
+    """Of the electricity that the machines run on; None: not stated, so no CO2 is told."""
 
     def resolved(self, *, cpus: float, gpus: float) -> Config:
         """With every "auto" decided for a machine of that size."""
@@ -181,6 +183,10 @@ class _Drift(_Section):
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 
+class _Energy(_Section):
+    co2_grams_per_kwh: Annotated[float | None, Field(ge=0, le=10_000)] = None
+
+
 class _Api(_Section):
     keys: list[Annotated[str, Field(min_length=8)]] = []
     admin_key: Annotated[str, Field(min_length=8)] | None = None
@@ -210,6 +216,7 @@ class _File(_Section):
     variants: Annotated[list[_VariantEntry], Field(min_length=1)]
     traffic: _Traffic = _Traffic()
     drift: _Drift | None = None
+    energy: _Energy = _Energy()
     api: _Api = _Api()
     rollouts: _Rollouts = _Rollouts()
 
@@ -225,6 +232,7 @@ class _File(_Section):
             api=self.api.build(self.traffic.sticky),
             rollouts=self.rollouts.build(),
             drift=self._drift_settings(names),
+            co2_grams_per_kwh=self.energy.co2_grams_per_kwh,
         )
 
     def _drift_settings(self, names: list[str]) -> DriftSettings | None:
@@ -280,7 +288,7 @@ def _section(location: tuple[int | str, ...]) -> type[_Section]:
     """The section that a location lies in: `("variants", 1)` is a variant's entry."""
     sections: dict[str, type[_Section]] = {
         "model": _Model, "variants": _VariantEntry, "traffic": _Traffic, "drift": _Drift, "api": _Api,
-        "rollouts": _Rollouts,
+        "rollouts": _Rollouts, "energy": _Energy,
     }  # fmt: skip
     if location[:2] == ("rollouts", "webhooks"):
         return _Webhook

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from serve import metrics
+from serve.carbon import co2_grams_per_million
 from serve.config import Config
 from serve.errors import ConfigError
 from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, State, VariantState, View
@@ -158,6 +159,7 @@ class Controller:
                 "serving_weight": serving.weights.get(state.name, 0.0) if serving else 0.0,
                 "load_report": self._reports.get(state.name),
                 "memory_bytes": self._memory(state.name),
+                "energy": self._energy(state),
             }
             for state in view.variants
         ]
@@ -203,6 +205,25 @@ class Controller:
             for component, size in heard.beat.memory.items() if heard.beat.variant == name else ():
                 total[component] = total.get(component, 0) + size
         return total
+
+    def _energy(self, state: VariantState) -> dict[str, Any]:
+        """Since the server's start, over all replicas. Nulls where it is unavailable; `measured` says how, or why not.
+
+        `tokens` are those that were made while it was measured.
+        """
+        labels = VariantLabels(self._config.model_name, state.name, state.precision)
+        joules, tokens = (self._ledger.value(each, labels) for each in (metrics.ENERGY, metrics.ENERGY_TOKENS))
+        per_token = joules / tokens if joules is not None and tokens else None
+        intensity = self._config.co2_grams_per_kwh
+        told = [h.beat.energy for h in self._replicas.values() if h.beat.variant == state.name and h.beat.energy]
+        return {
+            "measured": "; ".join(dict.fromkeys(told)) or None,
+            "joules": joules,
+            "tokens": tokens,
+            "joules_per_token": per_token,
+            "co2_grams_per_kwh": intensity,
+            "co2_grams_per_million_tokens": co2_grams_per_million(per_token, intensity),
+        }
 
     def _sweep(self) -> None:
         """Forget the silent, and of a variant with more replicas than it should have those heard longest ago."""
@@ -251,6 +272,8 @@ class Controller:
             labels = VariantLabels(self._config.model_name, state.name, state.precision)
             weight = serving.weights.get(state.name, 0.0) if serving else 0.0
             recorder.set(metrics.TRAFFIC_WEIGHT, labels, weight / 100.0)
+            if self._config.co2_grams_per_kwh is not None:
+                recorder.set(metrics.CO2, labels, self._config.co2_grams_per_kwh)
             if state.name != self._reference:
                 recorder.set(metrics.DRIFT_GUARD, labels, kl_guard_nats(state.precision))
             for kind in get_args(State):

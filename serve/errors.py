@@ -16,6 +16,9 @@ HalftoneError
 │   ├── Overloaded              429, with Retry-After
 │   ├── VariantUnavailable      503, with Retry-After
 │   └── GenerationFailed        500
+│       ├── OutputNotFinite     the model's output was not a number
+│       └── OutOfMemory         the step did not fit into memory
+├── Unmeasurable                what this machine does not tell, with the reason: shown as "unavailable"
 └── SetupError                  the operator's: one clear line at the terminal, no traceback
     ├── ConfigError             a key of the configuration, by its path
     ├── RecipeError             a recipe that means nothing, or two stages that exclude each other
@@ -45,6 +48,8 @@ __all__ = [
     "HeadersTooLarge",
     "InvalidRequest",
     "NotFound",
+    "OutOfMemory",
+    "OutputNotFinite",
     "Overloaded",
     "RecipeError",
     "RequestError",
@@ -54,6 +59,7 @@ __all__ = [
     "SetupError",
     "Unauthorized",
     "UnknownModel",
+    "Unmeasurable",
     "UnsupportedArchitecture",
     "UnsupportedHardware",
     "VariantUnavailable",
@@ -197,6 +203,22 @@ class GenerationFailed(ServiceError):
     """The engine failed while it served this request."""
 
     code = "generation_failed"
+
+
+class OutputNotFinite(GenerationFailed):
+    """The model gave something that is not a number: the recipe may not suit the model."""
+
+    code = "output_not_finite"
+
+
+class OutOfMemory(GenerationFailed):
+    """A step did not fit into what the machine or the GPU had left."""
+
+    code = "out_of_memory"
+
+
+class Unmeasurable(HalftoneError):
+    """A counter that this machine does not have or does not let us read; the message says which, and the remedy."""
 
 
 class SetupError(HalftoneError):

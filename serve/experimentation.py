@@ -141,4 +141,14 @@ class Experimentation:
 def _facts(row: Mapping[str, Any]) -> Facts:
     ratio = (row["load_report"] or {}).get("compression_ratio")
     saved = 1.0 - 1.0 / ratio if ratio else None
-    return Facts(row["precision"], max(1, row["ready_replicas"]), row["memory_bytes"], saved)
+    energy = row["energy"]
+    return Facts(
+        row["precision"],
+        max(1, row["ready_replicas"]),
+        row["memory_bytes"],
+        saved,
+        energy_joules=energy["joules"],
+        generation_tokens=energy["tokens"] or 0.0,
+        energy_measured=energy["measured"],
+        co2_grams_per_kwh=energy["co2_grams_per_kwh"],
+    )

@@ -46,6 +46,8 @@ class ReplicaBeat:
     """What the model itself takes, or took until it was freed, by component."""
     available_bytes: int | None = None
     """What is still free where it runs: of the machine, or of its GPU."""
+    energy: str = ""
+    """What of its energy is measured and how; or "unavailable: ..." and why."""
     snapshot: Snapshot = field(default_factory=Snapshot)
     leaving: bool = False
     place: Place | None = None

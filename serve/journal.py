@@ -14,7 +14,16 @@ from itertools import count
 
 from serve import metrics
 from serve.api.backend import Call
-from serve.errors import GenerationFailed, HalftoneError, Overloaded, RequestError, ServiceError, VariantUnavailable
+from serve.errors import (
+    GenerationFailed,
+    HalftoneError,
+    OutOfMemory,
+    OutputNotFinite,
+    Overloaded,
+    RequestError,
+    ServiceError,
+    VariantUnavailable,
+)
 from serve.generation import Delta, Event, Failure, PromptDelta
 from serve.heartbeat import VariantState
 from serve.hop import ReplicaDied
@@ -34,6 +43,10 @@ _COUNTED_HERE = (
     metrics.QUEUE,
     metrics.PROMPT_TOKENS,
     metrics.GENERATION_TOKENS,
+    metrics.SUCCESS,
+    metrics.ERRORS,
+    metrics.SHADOW,
+    metrics.DRIFT_SAMPLES,
     metrics.DRIFT_KL,
     metrics.DRIFT_TOKENS,
     metrics.DRIFT_AGREEMENTS,
@@ -42,6 +55,11 @@ _COUNTED_HERE = (
     metrics.DRIFT_NLL_VARIANT,
     metrics.DRIFT_NLL_REFERENCE,
 )
+_REFUSALS = (
+    *("variant_unavailable", "model_not_found", "invalid_request", "internal_error"),
+    *(f"http_{status}" for status in (400, 401, 403, 404, 408, 409, 413, 429, 431)),
+)
+"""What a call is turned away with before it comes to a variant."""
 
 
 class Journal:
@@ -56,6 +74,8 @@ class Journal:
         self._unsent: dict[int, Outcome] = {}
         self._lost: dict[str, int] = {}
         self._declared: set[VariantLabels] = set()
+        for code in _REFUSALS:
+            self._recorder.add(metrics.ERRORS, VariantLabels(model_name, "", ""), 0.0, code)
 
     def declare(self, states: Iterable[VariantState]) -> None:
         """Begin every series at zero."""
@@ -320,6 +340,8 @@ _KINDS: dict[type[HalftoneError], str] = {
     ReplicaDied: "replica_died",
     Overloaded: "overloaded",
     VariantUnavailable: "unavailable",
+    OutputNotFinite: "nan",
+    OutOfMemory: "oom",
     GenerationFailed: "internal",
     RequestError: "invalid",
 }

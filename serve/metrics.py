@@ -37,7 +37,8 @@ Merge = Literal["sum", "max"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One name. `extra` are labels beside the variant's three; `merge` says what several processes' gauges make."""
+    """One name. `extra` are labels beside the variant's three; `merge` says what several processes' gauges make.
+    `values` of a counter's one extra label are known beforehand: each begins at zero, so that a rate sees the first."""
 
     name: str
     kind: Kind
@@ -45,6 +46,7 @@ class Metric:
     extra: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     merge: Merge = "sum"
+    values: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -76,12 +78,27 @@ WAITING = Metric("num_requests_waiting", "gauge", "Sequences that wait for the e
 KV_USAGE = Metric("kv_cache_usage_ratio", "gauge", "Used share of the KV blocks, of the fullest replica", merge="max")
 PROMPT_TOKENS = Metric("prompt_tokens_total", "counter", "Prompt tokens taken in")
 GENERATION_TOKENS = Metric("generation_tokens_total", "counter", "Tokens made for clients")
-SUCCESS = Metric("request_success_total", "counter", "Choices that ended, by reason", extra=("finished_reason",))
-ERRORS = Metric("request_errors_total", "counter", "Requests that failed, by error code", extra=("code",))
+SUCCESS = Metric(
+    "request_success_total",
+    "counter",
+    "Choices that ended, by reason",
+    extra=("finished_reason",),
+    values=("stop", "length", "abort"),
+)
+ERRORS = Metric(
+    "request_errors_total",
+    "counter",
+    "Requests that failed, by error code; variant is empty where none was found",
+    extra=("code",),
+    values=(
+        "overloaded", "variant_unavailable", "generation_failed", "output_not_finite", "out_of_memory",
+        "internal_error", "context_length_exceeded", "invalid_request",
+    ),
+)  # fmt: skip
 PREEMPTIONS = Metric("num_preemptions_total", "counter", "Sequences put back because blocks ran out")
 PREFIX_QUERIES = Metric("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache")
 PREFIX_HITS = Metric("prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache")
-MEMORY = Metric("memory_bytes", "gauge", "Resident bytes by component", extra=("component",))
+MEMORY = Metric("memory_bytes", "gauge", "Bytes by component; docs/OPERATIONS.md adds them up", extra=("component",))
 PEAK_LOAD = Metric("memory_peak_load_bytes", "gauge", "Highest resident bytes while loading", merge="max")
 BITS = Metric("model_bits_per_weight", "gauge", "Stored bits per weight of the compressed layers", merge="max")
 COMPRESSION = Metric("compression_ratio", "gauge", "Bytes at 16 bit over stored bytes", merge="max")
@@ -96,9 +113,25 @@ DRIFT_NONFINITE = Metric("drift_nonfinite_tokens_total", "counter", "Tokens left
 DRIFT_NLL_TOKENS = Metric("drift_nll_tokens_total", "counter", "Tokens where a perplexity ratio is fair")
 DRIFT_NLL_VARIANT = Metric("drift_nll_variant_nats_total", "counter", "Their negative log likelihood by the variant")
 DRIFT_NLL_REFERENCE = Metric("drift_nll_reference_nats_total", "counter", "The same by the reference")
-DRIFT_SAMPLES = Metric("drift_samples_total", "counter", "Requests sampled for scoring, by result", extra=("result",))
-SHADOW = Metric("shadow_requests_total", "counter", "Requests mirrored to the variant, by result", extra=("result",))
-ENERGY = Metric("energy_joules_total", "counter", "Energy taken while the variant generated")
+DRIFT_SAMPLES = Metric(
+    "drift_samples_total",
+    "counter",
+    "Requests sampled for scoring, by result",
+    extra=("result",),
+    values=("scored", "shed", "no_data", "unfinished", "failed"),
+)
+SHADOW = Metric(
+    "shadow_requests_total",
+    "counter",
+    "Requests mirrored to the variant, by result",
+    extra=("result",),
+    values=("compared", "failed", "timeout", "shed", "unavailable"),
+)
+ENERGY = Metric("energy_joules_total", "counter", "Energy taken while the variant generated; absent: unavailable")
+ENERGY_TOKENS = Metric("energy_tokens_total", "counter", "Tokens generated, mirrored ones too, while it was measured")
+CO2 = Metric(
+    "energy_co2_grams_per_kwh", "gauge", "Stated intensity of the electricity; absent: not stated", merge="max"
+)
 ROLLOUT_PHASE = Metric("rollout_phase", "gauge", "1 for the phase that the canary's rollout is in", extra=("phase",))
 ROLLOUT_VERDICTS = Metric("rollout_verdicts_total", "counter", "Verdicts on the canary", extra=("verdict",))
 
@@ -106,7 +139,7 @@ METRICS: tuple[Metric, ...] = (
     TTFT, ITL, TPOT, E2E, QUEUE, RUNNING, WAITING, KV_USAGE, PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS, ERRORS,
     PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, MEMORY, PEAK_LOAD, BITS, COMPRESSION, LOAD, REPLICAS, TRAFFIC_WEIGHT,
     DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NONFINITE, DRIFT_NLL_TOKENS, DRIFT_NLL_VARIANT,
-    DRIFT_NLL_REFERENCE, DRIFT_SAMPLES, SHADOW, ENERGY, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
+    DRIFT_NLL_REFERENCE, DRIFT_SAMPLES, SHADOW, ENERGY, ENERGY_TOKENS, CO2, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
 )  # fmt: skip
 
 
@@ -138,14 +171,21 @@ class Recorder:
 
     def __init__(self) -> None:
         self._snapshot = Snapshot()
+        self._followed: dict[Series, float] = {}
 
     def add(self, metric: Metric, labels: VariantLabels, value: float = 1.0, *extra: str) -> None:
         series = _series(metric, labels, extra)
         self._snapshot.values[series] = self._snapshot.values.get(series, 0.0) + value
 
     def set(self, metric: Metric, labels: VariantLabels, value: float, *extra: str) -> None:
-        """A gauge, or a counter that something else has counted."""
+        """A gauge, or a counter of something that lives as long as this process."""
         self._snapshot.values[_series(metric, labels, extra)] = float(value)
+
+    def follow(self, metric: Metric, labels: VariantLabels, total: float) -> None:
+        """A counter that something else counts, and that may begin anew: it grows by what that grew."""
+        series = _series(metric, labels, ())
+        before, self._followed[series] = self._followed.get(series, 0.0), total
+        self.add(metric, labels, total - before if total >= before else total)
 
     def observe(self, metric: Metric, labels: VariantLabels, value: float, count: int = 1) -> None:
         histogram = self._histogram(metric, labels)
@@ -159,6 +199,8 @@ class Recorder:
                 self._histogram(metric, labels)
             elif not metric.extra:
                 self.add(metric, labels, 0.0)
+            for value in metric.values:
+                self.add(metric, labels, 0.0, value)
 
     def snapshot(self) -> Snapshot:
         """A copy: counting goes on."""
@@ -192,6 +234,13 @@ class Ledger:
             self._dead[process] = _counters(snapshot)
         while len(self._dead) > _REMEMBERED_DEAD:
             self._before = _sum([self._before, self._dead.pop(next(iter(self._dead)))])
+
+    def value(self, metric: Metric, labels: VariantLabels) -> float | None:
+        """One counter over all processes; None where nobody counts it."""
+        series = _series(metric, labels, ())
+        told = [self._before, *self._dead.values(), *self._living.values()]
+        counts = [snapshot.values[series] for snapshot in told if series in snapshot.values]
+        return sum(counts) if counts else None
 
     def total(self) -> Snapshot:
         return _sum([self._before, *self._dead.values(), *self._living.values()])

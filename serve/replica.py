@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from serve.engine.prompt import PromptEncoder
     from serve.engine.witness import Witness
     from serve.loading import LoadedModel
+    from serve.upkeep import Energy, Upkeep
 
 __all__ = ["Replica"]
 
@@ -46,9 +47,12 @@ _LOG = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.25
 _LEAST_BEAT_S = 0.1
+_LOOK_S = 1.0
 _REMEMBERED_ABORTS = 4096
 _RECORDED_BYTES = 64 * 2**20
 """What all requests that are being recorded may hold together; one of them at most a quarter."""
+_NEEDED = ("weights", "quantization", "kv_cache")
+"""What a variant takes when it is loaded again, by component."""
 _SCORED_AT_ONCE = 8
 _SCORING_S = 30.0
 """How long a text may wait for users to leave room for its scoring."""
@@ -87,6 +91,7 @@ class Replica:
         """Load the variant and serve it, or learn why not. Returns in either case."""
         self._loop = asyncio.get_running_loop()
         self._spawn(self._beat_for_ever())
+        self._spawn(self._look_for_ever())
         await self._come_up()
 
     async def _come_up(self) -> None:
@@ -96,6 +101,7 @@ class Replica:
         if (error := loading.exception()) is None:
             self._serving = loading.result()
             await self._warm_up()
+            await asyncio.to_thread(self._serving.upkeep.look)
             self._state, self._report_due = "ready", True
         else:
             self._state, self._reason = "failed", _reason(error)
@@ -241,8 +247,11 @@ class Replica:
         import torch
 
         from serve.compression.artifact import default_root
+        from serve.engine.engine import Engine  # noqa: F401  imported before memory is counted
         from serve.loading import load
+        from serve.upkeep import Upkeep
 
+        upkeep = Upkeep(self._variant.device)
         if threads := self._variant.engine.threads:
             torch.set_num_threads(threads)
         loaded = load(
@@ -253,7 +262,7 @@ class Replica:
             artifacts=default_root(),
             progress=self._progress,
         )
-        return _Serving.of(loaded, self._variant, self._on_step)
+        return _Serving.of(loaded, self._variant, self._on_step, upkeep)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._stage = (stage, done / total if total else 0.0)
@@ -277,6 +286,12 @@ class Replica:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOADING_BEAT_S if self._state == "loading" else _BEAT_S):
                     await self._turned.wait()
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            if self._serving and self._state == "ready":
+                await asyncio.to_thread(self._serving.upkeep.look)
+            await asyncio.sleep(_LOOK_S)
 
     async def _beat(self) -> None:
         """The report travels until it has arrived once."""
@@ -319,9 +334,9 @@ class Replica:
             return replace(beat, needs=self._needs, available_bytes=_available_bytes(self._variant.device))
         if self._serving is None or self._state != "ready":
             return beat
-        memory = self._serving.memory()
-        self._needs = {component: size for component, size in memory.items() if component != "process"}
-        self._record(self._serving, memory)
+        memory, energy = self._serving.upkeep.memory, self._serving.upkeep.energy
+        self._needs = {component: memory[component] for component in _NEEDED}
+        self._record(self._serving, memory, energy)
         return replace(
             beat,
             context_length=self._serving.context_length,
@@ -330,19 +345,23 @@ class Replica:
             waiting=self._serving.engine.stats().waiting,
             report=self._serving.report() if self._report_due else None,
             memory=memory,
+            energy=energy.told,
             needs=self._needs,
             available_bytes=_available_bytes(self._variant.device),
             snapshot=self._recorder.snapshot(),
         )
 
-    def _record(self, serving: _Serving, memory: Mapping[str, int]) -> None:
+    def _record(self, serving: _Serving, memory: Mapping[str, int], energy: Energy) -> None:
         stats, report, labels = serving.engine.stats(), serving.loaded.report, self._labels
         self._recorder.set(metrics.RUNNING, labels, stats.running)
         self._recorder.set(metrics.WAITING, labels, stats.waiting)
         self._recorder.set(metrics.KV_USAGE, labels, stats.kv_blocks_used / max(1, stats.kv_blocks_total))
-        self._recorder.set(metrics.PREEMPTIONS, labels, stats.preemptions)
-        self._recorder.set(metrics.PREFIX_QUERIES, labels, stats.prefix_cache_queries)
-        self._recorder.set(metrics.PREFIX_HITS, labels, stats.prefix_cache_hits)
+        self._recorder.follow(metrics.PREEMPTIONS, labels, stats.preemptions)
+        self._recorder.follow(metrics.PREFIX_QUERIES, labels, stats.prefix_cache_queries)
+        self._recorder.follow(metrics.PREFIX_HITS, labels, stats.prefix_cache_hits)
+        if energy.joules is not None:
+            self._recorder.follow(metrics.ENERGY, labels, energy.joules)
+            self._recorder.follow(metrics.ENERGY_TOKENS, labels, energy.tokens)
         self._recorder.set(metrics.PEAK_LOAD, labels, report.peak_load_bytes)
         self._recorder.set(metrics.BITS, labels, report.bits_per_weight)
         self._recorder.set(metrics.COMPRESSION, labels, report.compression_ratio)
@@ -360,15 +379,15 @@ class Replica:
 class _Serving:
     """A loaded model with its engine running. Its methods block."""
 
-    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder, room: Room) -> None:
+    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder, room: Room, upkeep: Upkeep) -> None:
         self.loaded = loaded
         self.engine = engine
         self._encoder = encoder
         self._room = room
-        self._process = psutil.Process()
+        self.upkeep = upkeep
 
     @classmethod
-    def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None]) -> _Serving:
+    def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None], upkeep: Upkeep) -> _Serving:
         from serve.drift import Room
         from serve.engine.engine import Engine
         from serve.engine.prompt import PromptEncoder
@@ -376,7 +395,14 @@ class _Serving:
         engine = Engine(loaded.model, loaded.tokenizer, variant.engine, sink)
         encoder = PromptEncoder(loaded.tokenizer, max_model_len=engine.settings.max_model_len)
         engine.start()
-        return cls(loaded, engine, encoder, Room(_RECORDED_BYTES))
+        report = loaded.report
+        upkeep.begin(
+            engine,
+            weights=report.weight_bytes + report.embedding_bytes,
+            quantization=report.quantization_bytes,
+            mapped=0 if engine.path.startswith("native") else report.mapped_bytes,  # the native path holds copies
+        )
+        return cls(loaded, engine, encoder, Room(_RECORDED_BYTES), upkeep)
 
     @property
     def context_length(self) -> int:
@@ -406,16 +432,6 @@ class _Serving:
     def report(self) -> Mapping[str, Any]:
         """The load report, with the path that makes the engine's steps."""
         return {**self.loaded.report.to_dict(), "path": self.engine.path}
-
-    def memory(self) -> dict[str, int]:
-        """Resident bytes by component; `process` is all of it, what torch and Python take included."""
-        report = self.loaded.report
-        return {
-            "weights": report.weight_bytes + report.embedding_bytes,
-            "quantization": report.quantization_bytes,
-            "kv_cache": self.engine.stats().kv_cache_bytes,
-            "process": int(self._process.memory_info().rss),
-        }
 
     def close(self) -> None:
         self.engine.close()

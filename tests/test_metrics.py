@@ -111,6 +111,28 @@ def test_declared_series_begin_at_zero() -> None:
     assert value(ledger.render(), "halftone_time_to_first_token_seconds_count", variant="int8") == 0
 
 
+def test_every_code_and_result_that_is_known_begins_at_zero() -> None:
+    recorder, ledger = Recorder(), Ledger()
+    recorder.declare(INT8, METRICS)
+    ledger.update("a", recorder.snapshot())
+    text = ledger.render()
+    for metric in METRICS:
+        for known in metric.values:
+            assert value(text, f"halftone_{metric.name}", **{metric.extra[0]: known}) == 0
+
+
+def test_a_counter_that_something_else_counts_anew_grows_by_what_that_grew() -> None:
+    recorder, ledger = Recorder(), Ledger()
+    for total in (3.0, 5.0, 5.0, 1.0, 4.0):  # a model that was freed and loaded again counts from zero
+        recorder.follow(metrics.PREEMPTIONS, INT8, total)
+    ledger.update("a", recorder.snapshot())
+    assert value(ledger.render(), "halftone_num_preemptions_total") == 9
+    assert ledger.value(metrics.PREEMPTIONS, INT8) == 9
+    ledger.retire("a")
+    assert ledger.value(metrics.PREEMPTIONS, INT8) == 9
+    assert ledger.value(metrics.ENERGY, INT8) is None
+
+
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_names_end_in_their_unit_and_buckets_rise(metric: metrics.Metric) -> None:
     assert metric.name.endswith("_total") == (metric.kind == "counter")

@@ -20,7 +20,7 @@ from serve.engine.head import Head
 from serve.engine.inputs import StepInputs, make_inputs
 from serve.engine.intake import context_tokens, end_token_ids, sequences_of
 from serve.engine.kv_cache import KVCache, LayerShape
-from serve.engine.memory import free_bytes
+from serve.engine.memory import free_bytes, is_out_of_memory
 from serve.engine.native import NativeRunner, accelerate
 from serve.engine.runner import Runner, StepOutputs
 from serve.engine.sampler import RowLogprobs, choose, row_logprobs
@@ -30,7 +30,7 @@ from serve.engine.settings import EngineSettings, resolve
 from serve.engine.stats import Counters, EngineStats
 from serve.engine.vocabulary import Vocabulary
 from serve.engine.witness import Witness, show
-from serve.errors import GenerationFailed, HalftoneError
+from serve.errors import GenerationFailed, HalftoneError, OutOfMemory, OutputNotFinite
 from serve.generation import Event, Failure, GenerationRequest
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ _logger = logging.getLogger(__name__)
 _SCORED_BYTES = 64 * 2**20
 """Logits of prompt positions that one step may hold: a long prompt times a large vocabulary would be gigabytes."""
 _STEP_FAILED = GenerationFailed("the engine failed while it computed this answer; the server's log says why")
-_NOT_FINITE = GenerationFailed("the model's output was not a number; the recipe may not suit this model")
+_NOT_FINITE = OutputNotFinite("the model's output was not a number; the recipe may not suit this model")
+_NO_MEMORY = OutOfMemory("there was no memory left for this answer; fewer sequences at once, or shorter ones, may fit")
 
 
 class EngineCore:
@@ -118,6 +119,10 @@ class EngineCore:
             **asdict(self._counters),
         )
 
+    def kv_cache_resident_bytes(self) -> int:
+        """What of the KV cache is held. Walks its pages: milliseconds per gigabyte."""
+        return self._cache.resident_bytes()
+
     def accept(self, request: GenerationRequest, submitted_s: float, witness: Witness | None = None) -> list[Event]:
         """Take in a request that `intake.check` let through. The only event is a failure of ours."""
         try:
@@ -154,9 +159,9 @@ class EngineCore:
             self._note(plan)
             inputs = make_inputs(plan.chunks, self.settings.block_size, self._runner.device)
             return self._record(plan, inputs, self._runner.run(inputs, self._cache))
-        except Exception:
+        except Exception as error:
             _logger.exception("a step failed")
-            return self._fail_step(plan)
+            return self._fail_step(plan, _NO_MEMORY if is_out_of_memory(error) else _STEP_FAILED)
 
     def fail_all(self, error: HalftoneError) -> list[Event]:
         """End whatever is open."""
@@ -240,9 +245,9 @@ class EngineCore:
                 if not answer.open_sequences:
                     del self._answers[request_id]
 
-    def _fail_step(self, plan: Plan) -> list[Event]:
+    def _fail_step(self, plan: Plan, error: HalftoneError) -> list[Event]:
         """Fail the requests of a step; of a step that could not even be planned, all that are open."""
-        return self._fail(_request_ids(plan.chunks) or list(self._answers), _STEP_FAILED)
+        return self._fail(_request_ids(plan.chunks) or list(self._answers), error)
 
     def _fail(self, request_ids: Iterable[str], error: HalftoneError) -> list[Event]:
         failed = [request_id for request_id in request_ids if request_id in self._answers]

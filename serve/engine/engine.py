@@ -100,6 +100,10 @@ class Engine:
         with self._wake:
             return replace(stats, waiting=stats.waiting + self._num_submitted())
 
+    def kv_cache_resident_bytes(self) -> int:
+        """What of the KV cache was written to, and is held. Walks its pages: milliseconds per gigabyte."""
+        return self._core.kv_cache_resident_bytes()
+
     def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """Stop: with `drain` what was accepted is finished first, otherwise it ends in a `Failure`. Joins the thread.
 

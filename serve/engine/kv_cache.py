@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from serve.engine.memory import lazy_zeros, resident_bytes
+
 __all__ = ["KVCache", "LayerShape", "Pool"]
 
 _LARGEST = 127
@@ -44,7 +46,8 @@ class Pool:
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
-        self.scales = data.new_zeros(data.shape[:3], dtype=torch.float32) if data.dtype is torch.int8 else None
+        is_int8 = data.dtype is torch.int8
+        self.scales = lazy_zeros(data.shape[:3], torch.float32, data.device) if is_int8 else None
 
     @property
     def num_heads(self) -> int:
@@ -102,7 +105,12 @@ class KVCache:
     def bytes(self) -> int:
         return sum(pool.bytes for pool in (*self.keys, *self.values))
 
+    def resident_bytes(self) -> int:
+        """What of it was written to, and is held."""
+        pools = (*self.keys, *self.values)
+        return resident_bytes(tensor for pool in pools for tensor in (pool.data, pool.scales) if tensor is not None)
+
 
 def _pool(layer: LayerShape, num_blocks: int, block_size: int, size: int) -> Pool:
     shape = (layer.num_heads, num_blocks + 1, block_size, size)
-    return Pool(torch.zeros(shape, dtype=layer.dtype, device=layer.device))
+    return Pool(lazy_zeros(shape, layer.dtype, layer.device))

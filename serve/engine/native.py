@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from serve.engine.head import Head
 from serve.engine.inputs import StepInputs
 from serve.engine.kv_cache import KVCache, LayerShape
+from serve.engine.memory import lazy_zeros
 from serve.engine.runner import StepOutputs
 from serve.kernels import Decoder, DecoderShape, LayerWeights, PackedLinear, Span, release, unavailable
 
@@ -159,7 +160,7 @@ def _widened(pool: Any) -> Tensor:
     """A pool of the cache with heads in whole panels of 32, as the kernels lay them out; still empty, so replaced."""
     width = -(-pool.data.shape[-1] // _PANEL) * _PANEL
     if pool.data.shape[-1] != width:
-        pool.data = torch.zeros(*pool.data.shape[:-1], width, dtype=pool.data.dtype)
+        pool.data = lazy_zeros((*pool.data.shape[:-1], width), pool.data.dtype, pool.data.device)
     return pool.data  # type: ignore[no-any-return]
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from math import exp, log, log1p, sqrt
 from typing import Any, Final
 
+from serve.carbon import co2_grams_per_million
 from serve.experiment.arm import LATENCIES, LOADS, PROMPTS, Arm
 from serve.experiment.clusters import Values
 from serve.experiment.intervals import ALPHA, Interval, mean_interval, quantile_interval, share_interval
@@ -36,7 +37,8 @@ _CERTAIN: Final = 0.01  # of the effect looked for: nothing is known more exactl
 
 @dataclass(frozen=True)
 class Facts:
-    """What the controller knows of a variant beside its outcomes. Joules and tokens are those since the start."""
+    """What the controller knows of a variant beside its outcomes. Joules, and the tokens that were made for them, are
+    those since the start; `energy_measured` says how they were measured, or why they were not."""
 
     precision: str = ""
     replicas: int = 1
@@ -44,6 +46,8 @@ class Facts:
     memory_saved_ratio: float | None = None
     energy_joules: float | None = None
     generation_tokens: float = 0.0
+    energy_measured: str | None = None
+    co2_grams_per_kwh: float | None = None
 
 
 def report(tally: Tally, facts: Mapping[str, Facts], at_s: float) -> dict[str, Any]:
@@ -148,12 +152,15 @@ def _at_most_one(interval: Interval) -> Interval:
 
 def _standing(fact: Facts) -> dict[str, Any]:
     joules, tokens = fact.energy_joules, fact.generation_tokens
+    per_token = joules / tokens if joules is not None and tokens else None
     return {
         "precision": fact.precision,
         "replicas": fact.replicas,
         "memory_bytes": dict(fact.memory_bytes),
         "memory_saved_ratio": fact.memory_saved_ratio,
-        "energy_joules_per_token": joules / tokens if joules is not None and tokens else None,
+        "energy_joules_per_token": per_token,
+        "energy_measured": fact.energy_measured,
+        "co2_grams_per_million_tokens": co2_grams_per_million(per_token, fact.co2_grams_per_kwh),
     }
 
 

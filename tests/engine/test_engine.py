@@ -161,6 +161,14 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(desks: Desks) 
     assert answer.failure is not None
     assert answer.failure.error.code == "generation_failed"
     assert "out of memory" not in answer.failure.error.message
+
+    def starved(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(2**60)
+
+    model.lm_head.forward = starved
+    answer = desk.ask([1, 2, 3], max_tokens=5)
+    assert answer.failure is not None
+    assert answer.failure.error.code == "out_of_memory"
     model.lm_head.forward = fine
     assert desk.ask([1, 2, 3], max_tokens=5).tokens() == expected
     assert desk.engine.stats().kv_blocks_used == 0
@@ -175,6 +183,7 @@ def test_logits_that_are_no_numbers_fail_only_their_request(desks: Desks) -> Non
     poisoned, healthy = desk.submit([1, 99, 3], max_tokens=8), desk.submit([1, 2, 3], max_tokens=8)
     sick, well = desk.wait(poisoned, healthy)
     assert sick.failure is not None
+    assert sick.failure.error.code == "output_not_finite"
     assert well.tokens() == expected
     # The next owner of the poisoned blocks reads zeros, not what was left in them.
     assert desk.ask([1, 2, 3], max_tokens=8).tokens() == expected

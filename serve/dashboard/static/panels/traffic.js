@@ -98,7 +98,10 @@ function absence(variants) {
   return told.length ? `${told.join(", ")}; the others take over.` : "";
 }
 
-const codes = (byCode) => Object.entries(byCode).map(([code, value]) => `${code} ${count(value)}`).join(", ");
+function codes(byCode) {
+  const counted = Object.entries(byCode).filter(([, value]) => value > 0);
+  return counted.map(([code, value]) => `${code} ${count(value)}`).join(", ");
+}
 
 /** Sliders whose sum stays 100. What a person has begun to change is not overwritten by what the server says. */
 class Editor {
