@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from serve.compression.compress import Activations
 from serve.compression.formats.linear import CompressedLinear
+from serve.compression.memory import TensorPeak
 from serve.compression.method import InputStatistics, Need
 from serve.compression.methods.structured import block_influence
 from serve.compression.skeleton import Skeleton, is_projection
@@ -25,7 +26,7 @@ from serve.errors import CalibrationError
 __all__ = ["BlockActivations", "InputMeter"]
 
 _BATCH_TOKENS = 2048  # samples of equal length run together up to this
-_FACTORING = 6  # what factorizing a Gram matrix takes beside it, in float64, as multiples of its own bytes
+_FACTORING = 3  # what factorizing a Gram matrix takes beside it, in float64, as multiples of its own bytes
 _PANEL = 512  # columns of the Gram matrix computed at a time, and only on one side of its diagonal
 
 
@@ -37,7 +38,7 @@ class BlockActivations(Activations):
     """`samples` are token ids, each within the model's context. Their hidden states live on `device`.
 
     `activation_bytes`: the most that the text took at once: the hidden states of all samples, outputs that are kept,
-    and what one batch leaves on its way through a block. `hessian_bytes`: the most that Gram matrices took, with what
+    and what one batch takes on its way through a block. `hessian_bytes`: the most that Gram matrices took, with what
     factorizing the largest takes.
     """
 
@@ -69,8 +70,9 @@ class BlockActivations(Activations):
             inputs.append(x)
             found.setdefault(id(x), []).append(name)
 
-        with self._watched(names, note), self._weighed(block):
+        with self._watched(names, note), TensorPeak() as taken:
             self._run(block, 0)
+        self._batch_bytes = max(self._batch_bytes, taken.peak_bytes)
         reached = {name for group in found.values() for name in group}
         return [*found.values(), *([name] for name in names if name not in reached)]
 
@@ -166,24 +168,6 @@ class BlockActivations(Activations):
         kept = [self._states or (), *(outputs.values() for outputs in self._finished.values())]
         held = sum(_bytes(value) for values in kept for value in values)
         self.activation_bytes = max(self.activation_bytes, held + self._batch_bytes + scratch_bytes)
-
-    @contextmanager
-    def _weighed(self, block: str) -> Iterator[None]:
-        """Count what a batch that runs meanwhile leaves behind each of the block's innermost modules."""
-        total = 0
-
-        def note(module: nn.Module, args: object, output: object) -> None:
-            nonlocal total
-            total += _bytes(output)
-
-        leaves = [m for m in self._skeleton.blocks[block].modules() if next(m.children(), None) is None]
-        handles = [module.register_forward_hook(note) for module in leaves]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._batch_bytes = max(self._batch_bytes, total)
 
     @contextmanager
     def _watched(self, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:

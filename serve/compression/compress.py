@@ -143,6 +143,8 @@ class _Job:
         if self.sink is not None:
             self.finished |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         layer.prepare()
+        if name in self.skeleton.projections:  # which keeps the dense layer for its shape alone
+            self.skeleton.projections[name].to("meta")
         set_module(self.model, name, layer.eval())
 
     def place_dense(self, projection: Projection) -> None:

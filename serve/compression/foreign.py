@@ -56,6 +56,17 @@ def stored_recipe(settings: Mapping[str, Any], checkpoint: Checkpoint, asked: Re
 
 
 def _stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
+    try:
+        stage = _described(settings, checkpoint)
+    except (KeyError, TypeError, ValueError, RecipeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{checkpoint.folder}: its quantization_config cannot be used ({reason})") from error
+    if not _modules(checkpoint):
+        raise CheckpointError(f"{checkpoint.folder}: config.json says {stage.name}, but no file holds such tensors")
+    return stage
+
+
+def _described(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
     method = settings.get("quant_method")
     if method == "gptq":
         return _gptq_stage(settings, checkpoint)
@@ -64,7 +75,8 @@ def _stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
     if method == "bitsandbytes" and settings.get("load_in_8bit"):
         return Int8()
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
-        state = _nf4_state(checkpoint, next(key for key in checkpoint.files if key.endswith(_NF4_STATE)))
+        states = (key for key in checkpoint.files if key.endswith(_NF4_STATE))
+        state = _nf4_state(checkpoint, next(states, f"any {_NF4_STATE}"))
         return Nf4(int(state["blocksize"]), bool(settings.get("bnb_4bit_use_double_quant", False)))
     raise CheckpointError(
         f"{checkpoint.folder}: compressed with {method!r} in a form that cannot be read; "
@@ -80,7 +92,8 @@ def _gptq_stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Gptq:
     modules = _modules(checkpoint)
     zeros = (_gptq_zeros(checkpoint, name, bits, settings) for name in modules)
     symmetric = all(bool((zero == 2 ** (bits - 1)).all()) for zero in zeros)
-    reordered = any(not _is_natural(checkpoint.read(f"{name}.g_idx"), group_size) for name in modules)
+    orders = (_gptq_order(checkpoint, name) for name in modules)
+    reordered = any(order is not None and not _is_natural(order, group_size) for order in orders)
     return Gptq(bits, group_size, symmetric, activation_order=reordered)
 
 
@@ -161,8 +174,12 @@ def _gptq_weight(
     checkpoint: Checkpoint, name: str, stage: Gptq, settings: Mapping[str, Any], spec: LinearSpec
 ) -> GroupedWeight:
     codes = _unpack(checkpoint.read(f"{name}.qweight").t().contiguous(), stage.bits)
-    index = checkpoint.read(f"{name}.g_idx").long()
-    order = torch.argsort(index, stable=True) if stage.activation_order else None
+    order = None
+    if stage.activation_order:
+        index = _gptq_order(checkpoint, name)
+        order = torch.arange(codes.shape[1]) if index is None else torch.argsort(index, stable=True)
+        if index is not None and not _is_natural(index[order], stage.group_size):
+            raise ValueError(f"g_idx has groups of other sizes than {stage.group_size}")
     zeros = None if stage.symmetric else _gptq_zeros(checkpoint, name, stage.bits, settings)
     return GroupedWeight(
         IntegerGrid(stage.bits, stage.group_size, stage.symmetric),
@@ -171,6 +188,12 @@ def _gptq_weight(
         zeros,
         order,
     )
+
+
+def _gptq_order(checkpoint: Checkpoint, name: str) -> Tensor | None:
+    """The group of each input, int64 `[in]`; some writers leave it out where groups are neighbours."""
+    key = f"{name}.g_idx"
+    return checkpoint.read(key).long() if key in checkpoint.files else None
 
 
 def _gptq_zeros(checkpoint: Checkpoint, name: str, bits: int, settings: Mapping[str, Any]) -> Tensor:

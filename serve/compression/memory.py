@@ -1,4 +1,4 @@
-"""What this process holds: anonymous resident bytes now, their peak over a stretch of work, and giving freed ones back.
+"""What this process holds: anonymous bytes now, the peak over a stretch of work or of its tensors, and giving back.
 
 Anonymous memory is what the process itself allocated; pages of a memory-mapped checkpoint do not count, for the kernel
 may drop them at will. Linux tells them apart; elsewhere the whole resident set stands in.
@@ -9,13 +9,18 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["PeakMemory", "anonymous_bytes", "prompt_release", "release", "watch_peak"]
+__all__ = ["PeakMemory", "TensorPeak", "anonymous_bytes", "prompt_release", "release", "watch_peak"]
 
 _STATUS = Path("/proc/self/status")
 _INTERVAL_S = 0.01
@@ -94,3 +99,36 @@ def watch_peak() -> Iterator[PeakMemory]:
         done.set()
         thread.join()
         peak.sample()
+
+
+_DispatchMode: Any = TorchDispatchMode  # torch leaves it untyped
+
+
+class TensorPeak(_DispatchMode):  # type: ignore[misc]
+    """The most that tensors made meanwhile took at once, exactly; what a kernel takes for itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = self._bytes = 0
+        self._alive: dict[int, int] = {}  # bytes of each storage by its address, 0 where it was there before
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._note((args, kwargs), made=False)
+        result = function(*args, **(kwargs or {}))
+        self._note(result, made=True)
+        return result
+
+    def _note(self, values: Any, *, made: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes() if made else 0
+                    weakref.finalize(storage, self._gone, storage._cdata).atexit = False
+                    self._bytes += self._alive[storage._cdata]
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+
+    def _gone(self, address: int) -> None:
+        self._bytes -= self._alive.pop(address)

@@ -12,6 +12,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from serve.compression.loader import Loader
+from serve.compression.memory import TensorPeak
+from serve.compression.recipe import Recipe
+
 MEASURE = """
 import json, sys, torch
 from serve.compression.memory import anonymous_bytes, release
@@ -82,6 +86,27 @@ def test_calibrating_takes_what_the_report_states(checkpoints: tuple[Path, Path]
     assert report["activation_bytes"] >= 2 * 1024 * report["calibration_tokens"] > 0
     stated = report["activation_bytes"] + report["hessian_bytes"]
     assert report["peak_load_bytes"] < report["total_bytes"] + 2 * block_bytes + stated
+
+
+@pytest.mark.parametrize("recipe", ["gptq4-g64", "awq4-g64", "wanda50", "int8"])
+def test_nobody_keeps_the_dense_weights_of_a_compressed_layer(checkpoints: tuple[Path, Path], recipe: str) -> None:
+    with Loader.opened(str(checkpoints[0]), Recipe.parse(recipe), device="cpu") as loader:
+        loader.fill(None)
+    assert all(weight.is_meta for module in loader.skeleton.projections.values() for weight in module.parameters())
+
+
+def test_the_peak_of_tensors_is_counted_to_the_byte() -> None:
+    before = torch.zeros(1000)
+    with TensorPeak() as taken:
+        before.add_(1)  # was there already
+        first = before + 1
+        assert first.view(10, 100).shape == (10, 100)
+        del first
+        second = before * 2
+        third = second.to(torch.float64)
+        del second, third
+        torch.zeros(1500)
+    assert taken.peak_bytes == 4000 + 8000
 
 
 @pytest.mark.slow

@@ -68,6 +68,20 @@ class GroupedWeight:
     zero_points: Tensor | None = None
     permutation: Tensor | None = None
 
+    @classmethod
+    def stack(cls, parts: Sequence[GroupedWeight]) -> GroupedWeight:
+        """Matrices of one grid and one order of columns, one below another."""
+        if len(parts) == 1:
+            return parts[0]
+        first, zeros = parts[0], [part.zero_points for part in parts if part.zero_points is not None]
+        return cls(
+            first.grid,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts], dim=1),
+            torch.cat(zeros, dim=1) if zeros else None,
+            first.permutation,
+        )
+
     def split(self, rows: Sequence[int]) -> list[GroupedWeight]:
         """Matrices of so many rows each, one after another: siblings that were rounded together."""
         codes, scales = torch.split(self.codes, list(rows)), torch.split(self.scales, list(rows), dim=1)

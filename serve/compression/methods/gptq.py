@@ -32,6 +32,7 @@ __all__ = ["check_gram", "gptq", "inverse_factor", "layer_loss"]
 _BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16  # one at a time; everything wider is a matrix product
 _SEARCHED_COLUMNS = 256  # a longer group is searched by its first columns, or candidates would cost more than GPTQ
+_ROWS = 2048  # rounded at a time: rows know nothing of each other, and rounding one takes several times its weights
 _LARGEST_DAMPING = 1.0
 
 
@@ -59,19 +60,21 @@ def gptq(
     check_gram(gram, weight.shape[1], name)
     gram = gram.float()
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if activation_order else None
-    if order is not None:
-        weight, gram = weight[:, order], gram[order][:, order]
-        mask = None if mask is None else mask[:, order]
-    kept = None if mask is None else mask.t().contiguous()
-    original = weight.float().t().contiguous()
-    if kept is not None:
-        original *= kept
-    factor = inverse_factor(gram, damping, name)
-    rounded = original.clone()
-    chosen = _round_groups(rounded, factor, grid, dtype, candidates, kept)
-    for _ in range(sweeps):
-        _sweep(original, rounded, gram, grid, chosen, kept)
-    return assemble(grid, _codes(rounded, grid, chosen), chosen, dtype, order)
+    factor = inverse_factor(gram, damping, name, order)
+    gram = _reordered(gram, order)
+    parts = []
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        kept = None if mask is None else _columns(mask, rows, order)
+        original = _columns(weight, rows, order).float()
+        if kept is not None:
+            original *= kept
+        rounded = original.clone()
+        chosen = _round_groups(rounded, factor, grid, dtype, candidates, kept)
+        for _ in range(sweeps):
+            _sweep(original, rounded, gram, grid, chosen, kept)
+        parts.append(assemble(grid, _codes(rounded, grid, chosen), chosen, dtype, order))
+    return GroupedWeight.stack(parts)
 
 
 def layer_loss(difference: Tensor, gram: Tensor) -> float:
@@ -88,27 +91,41 @@ def check_gram(gram: Tensor, in_features: int, name: str) -> None:
         raise CompressionError(f"{name}: its calibration inputs contain NaN or infinity; calibrate in float32")
 
 
-def inverse_factor(gram: Tensor, damping: float, name: str = "weight") -> Tensor:
+def inverse_factor(gram: Tensor, damping: float, name: str = "weight", order: Tensor | None = None) -> Tensor:
     """U with U^T U = (H + damping * mean(diag H) I)^-1, upper triangular, float32; computed in float64.
 
     Inputs that calibration never saw have zeros in H; damping alone decides for them, and they are rounded to nearest.
+    `order`: in which H's rows and columns are taken. Beside H it takes three times as much memory.
     """
     mean = gram.diagonal().mean(dtype=torch.float64)
     if mean <= 0:
         return torch.eye(gram.shape[0], device=gram.device)
     while damping <= _LARGEST_DAMPING:
-        # Each matrix takes as much as two of the model's own: none is kept longer than it is needed.
-        matrix = gram.to(torch.float64, copy=True)
+        matrix = _reordered(gram, order).to(torch.float64, copy=True).mT  # symmetric: `mT` is but LAPACK's layout
         matrix.diagonal().add_(damping * mean)
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-            if not failed and bool(matrix.isfinite().all()):
-                factor: Tensor = matrix.float()
-                return factor
+        if _factorize(matrix):
+            torch.cholesky_inverse(matrix, out=matrix)
+            if _factorize(matrix, upper=True):
+                return matrix.float()
         damping *= 10
     raise CompressionError(f"{name}: the Gram matrix of its inputs is not positive; use more calibration text")
+
+
+def _factorize(matrix: Tensor, *, upper: bool = False) -> bool:
+    """Cholesky in place, for the float64 matrices here are the largest there are; whether it exists, and is finite."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return not failed and bool(matrix.sum().isfinite())  # a sum, for `isfinite` of all would copy the matrix
+
+
+def _reordered(gram: Tensor, order: Tensor | None) -> Tensor:
+    return gram if order is None else gram[order[:, None], order]
+
+
+def _columns(matrix: Tensor, rows: slice, order: Tensor | None) -> Tensor:
+    """Some rows of `matrix [rows, columns]` in memory of their own, transposed."""
+    part = matrix[rows].t()
+    return part.clone(memory_format=torch.contiguous_format) if order is None else part[order].contiguous()
 
 
 # From here on weights lie transposed, `[in_features, out_features]`: what the paper calls a column is contiguous.

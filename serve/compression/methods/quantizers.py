@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from serve.compression.formats.grouped import GroupedLinear
 from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.formats.linear import CompressedLinear, LinearSpec
-from serve.compression.method import Group, InputStatistics, Need, Producer
+from serve.compression.method import Group, InputStatistics, Need, Producer, Projection
 from serve.compression.methods.awq import awq, search_scales
 from serve.compression.methods.gptq import gptq
 from serve.compression.methods.rtn import check_weight, round_to_nearest
@@ -71,18 +72,33 @@ class GptqMethod(_GroupedMethod):
         members, first = group.projections, group.projections[0]
         for projection in members:
             check_weight(projection.weight, projection.name)
-        masks = [m.mask if m.mask is not None else torch.ones_like(m.weight, dtype=torch.bool) for m in members]
+        pruned = any(projection.mask is not None for projection in members)
         rounded = gptq(
-            torch.cat([projection.weight for projection in members]),
+            _stack(members),
             gram_of(statistics, first.name),
             self.grid,
             dtype=first.spec.dtype,
             damping=self.damping,
             activation_order=self.reordered,
-            mask=torch.cat(masks) if any(m.mask is not None for m in members) else None,
+            mask=torch.cat([_mask(projection) for projection in members]) if pruned else None,
             name=first.name,
         )
         return rounded.split([projection.spec.out_features for projection in members])
+
+
+def _mask(projection: Projection) -> Tensor:
+    return torch.ones_like(projection.weight, dtype=torch.bool) if projection.mask is None else projection.mask
+
+
+def _stack(members: Sequence[Projection]) -> Tensor:
+    """The weights of all, one below another; each member keeps its rows of it, so that none is held twice."""
+    if len(members) == 1:
+        return members[0].weight
+    stacked = torch.cat([member.weight for member in members])
+    heights = [len(member.weight) for member in members]
+    for member, rows in zip(members, torch.split(stacked, heights), strict=True):
+        member.weight = rows
+    return stacked
 
 
 class AwqMethod(_GroupedMethod):
