@@ -66,7 +66,8 @@ def graph(config: Config, listen: Mapping[str, Any] | None = None) -> Applicatio
     config = config.resolved(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0))
     controller = _controller.bind(config)
     variants = {v.name: _variant_deployment(v).bind(config.model_name, v, controller) for v in config.variants}
-    application: Application = _ingress.bind(config, variants, controller, dict(listen) if listen else None)
+    ingress = _ingress.options(num_replicas=config.ingresses)
+    application: Application = ingress.bind(config, variants, controller, dict(listen) if listen else None)
     return application
 
 
@@ -206,7 +207,7 @@ class _IngressDeployment:
         self._router = Router(config.model_name, links, RemoteController(controller), drift=config.drift)
         self._app = create_app(self._router, config.api, RemoteRollouts(controller), RemoteExperiments(controller))
         self._router.open()
-        self._listener = Listener(self._app, **listen) if listen else None
+        self._listener = Listener(self._app, **listen, shared=config.ingresses > 1) if listen else None
         if self._listener:
             await self._listener.open()
 

@@ -49,11 +49,14 @@ class Config:
     """None: nothing is scored."""
     co2_grams_per_kwh: float | None = None
     """Of the electricity that the machines run on; None: not stated, so no CO2 is told."""
+    ingresses: int = 1
+    """How many processes take requests."""
 
     def resolved(self, *, cpus: float, gpus: float) -> Config:
         """With every "auto" decided for a machine of that size."""
         count = sum(variant.resources.replicas for variant in self.variants)
-        return replace(self, variants=tuple(v.resolved(cpus=cpus, gpus=gpus, replicas=count) for v in self.variants))
+        decided = [v.resolved(cpus=cpus, gpus=gpus, replicas=count, ingresses=self.ingresses) for v in self.variants]
+        return replace(self, variants=tuple(decided))
 
 
 def load_config(path: Path) -> Config:
@@ -191,6 +194,7 @@ class _Api(_Section):
     keys: list[Annotated[str, Field(min_length=8)]] = []
     admin_key: Annotated[str, Field(min_length=8)] | None = None
     limits: Annotated[Limits, _owned(_limits)] = Limits()
+    replicas: Annotated[int, Field(ge=1, le=1000)] = 1
 
     def build(self, sticky: StickySource) -> ApiSettings:
         return ApiSettings(Keys.of(self.keys, self.admin_key), self.limits, sticky)
@@ -233,6 +237,7 @@ class _File(_Section):
             rollouts=self.rollouts.build(),
             drift=self._drift_settings(names),
             co2_grams_per_kwh=self.energy.co2_grams_per_kwh,
+            ingresses=self.api.replicas,
         )
 
     def _drift_settings(self, names: list[str]) -> DriftSettings | None:

@@ -46,9 +46,10 @@ class _Heard:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An ingress: when it spoke last, the split that it deals by, and the deaths that it has told of."""
+    """An ingress: when it spoke last and in which beat, the split that it deals by, the deaths that it has told of."""
 
     at_s: float
+    sequence: int
     revision: int
     deaths: Mapping[str, int]
 
@@ -84,8 +85,10 @@ class Controller:
     def ingress(self, beat: IngressBeat) -> View:
         """Take an ingress's report and answer with the view. A newer split than ours is one that we have forgotten."""
         before = self._ingresses.get(beat.process)
+        if before and beat.batch.sequence < before.sequence:
+            return self.view()  # overtaken on its way: what it says is known already, and counts must not fall
         revision = beat.split.revision if beat.split else -1
-        self._ingresses[beat.process] = _Seen(self._clock(), revision, beat.deaths)
+        self._ingresses[beat.process] = _Seen(self._clock(), beat.batch.sequence, revision, beat.deaths)
         self._ledger.update(beat.process, beat.snapshot)
         for variant, count in beat.deaths.items():
             if before and count > before.deaths.get(variant, 0):

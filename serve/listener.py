@@ -106,10 +106,14 @@ class _Server(uvicorn.Server):
 
 
 class Listener:
-    """One ASGI app on one address. `open` returns once it accepts; a port in use raises OSError."""
+    """One ASGI app on one address. `open` returns once it accepts; a port in use raises OSError.
 
-    def __init__(self, app: Any, *, host: str, port: int) -> None:
+    shared: several processes of this user listen there, and the system deals connections to them.
+    """
+
+    def __init__(self, app: Any, *, host: str, port: int, shared: bool = False) -> None:
         self._address = (host, port)
+        self._shared = shared
         config = uvicorn.Config(
             app,
             http=_Protocol,
@@ -126,7 +130,7 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        listening = _listen(*self._address)
+        listening = _listen(*self._address, shared=self._shared)
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listening]))
         while not self._server.started:
             await asyncio.sleep(0.01)
@@ -143,10 +147,12 @@ class Listener:
         await self._task
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, port))
     except OSError:

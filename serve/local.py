@@ -79,7 +79,7 @@ class LocalServer:
                 rayserve.run(application, name=APP_NAME)
             except RuntimeError as error:
                 raise SetupError(f"Ray Serve could not deploy the application: {error}") from error
-            while not self._ask("ingress", "settled"):
+            while not all(self._ask_all("ingress", "settled")):
                 time.sleep(_POLL_S)
 
     def variants(self) -> list[Mapping[str, Any]]:
@@ -88,7 +88,7 @@ class LocalServer:
 
     def drain(self, timeout_s: float) -> None:
         """Take no new requests, let open answers finish."""
-        self._ask("ingress", "drain", timeout_s, wait_s=timeout_s + 5.0)
+        self._ask_all("ingress", "drain", timeout_s, wait_s=timeout_s + 5.0)
 
     def stop(self) -> None:
         """End every process that `start` began, however far it came. Idempotent."""
@@ -122,17 +122,26 @@ class LocalServer:
 
     def _ask(self, deployment: str, method: str, *args: Any, wait_s: float = 2.0) -> Any:
         """One call to a deployment; None while it is not up yet."""
-        from ray import serve as rayserve
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
+        return _unless_absent(lambda handle: getattr(handle, method).remote(*args).result(timeout_s=wait_s), deployment)
 
-        from serve.app import APP_NAME
+    def _ask_all(self, deployment: str, method: str, *args: Any, wait_s: float = 2.0) -> list[Any]:
+        """The same to each of its replicas; one None while none is up yet."""
+        told = _unless_absent(lambda handle: handle.broadcast(method, *args).results(timeout_s=wait_s), deployment)
+        return list(told or [None])
 
-        try:
-            handle: Any = rayserve.get_deployment_handle(deployment, APP_NAME)
-            return getattr(handle, method).remote(*args).result(timeout_s=wait_s)
-        except (RayError, RayServeException, TimeoutError):
-            return None
+
+def _unless_absent(ask: Callable[[Any], Any], deployment: str) -> Any:
+    """What the deployment's handle answers; None where it does not answer yet, or any more."""
+    from ray import serve as rayserve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from serve.app import APP_NAME
+
+    try:
+        return ask(rayserve.get_deployment_handle(deployment, APP_NAME))
+    except (RayError, RayServeException, TimeoutError):
+        return None
 
 
 @contextmanager

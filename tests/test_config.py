@@ -57,6 +57,13 @@ def test_auto_is_decided_on_a_copy_and_leaves_every_variant_room() -> None:
     assert [variant.engine.threads for variant in config.resolved(cpus=9, gpus=0).variants] == [4, 4]
     assert sum(variant.resources.num_cpus or 0 for variant in resolved.variants) <= 2 - 0.1
     assert {variant.device for variant in resolved.variants} == {"cpu"}
+    three = parse_config(document(api={"replicas": 3})).resolved(cpus=2, gpus=0)
+    assert sum(variant.resources.num_cpus or 0 for variant in three.variants) <= 2 - 0.3
+
+
+def test_the_intensity_of_electricity_is_stated_or_not_known() -> None:
+    assert parse_config(document()).co2_grams_per_kwh is None
+    assert parse_config(document(energy={"co2_grams_per_kwh": 380})).co2_grams_per_kwh == 380.0
 
 
 @given(cpus=st.integers(1, 128), gpus=st.integers(0, 8), count=st.integers(1, 12))
@@ -98,6 +105,9 @@ def test_every_variant_fits_beside_the_others(cpus: int, gpus: int, count: int) 
         ({"traffic": {"sticky": "cookie"}}, "traffic.sticky", "'user', 'header' or 'none'"),
         ({"api": {"limits": {"body_byte": 1}}}, "api.limits.body_byte", "did you mean 'body_bytes'?"),
         ({"api": {"keys": ["short"]}}, "api.keys[0]", "at least 8 characters"),
+        ({"api": {"replicas": 0}}, "api.replicas", "greater than or equal to 1"),
+        ({"energy": {"co2": 380}}, "energy.co2", "allowed: co2_grams_per_kwh"),
+        ({"energy": {"co2_grams_per_kwh": -1}}, "energy.co2_grams_per_kwh", "greater than or equal to 0"),
         ({"drifts": {"sample_rate": 0.1}}, "drifts", "did you mean 'drift'?"),
         ({"drift": {"rate": 0.1}}, "drift.rate", "allowed: reference, sample_rate"),
         ({"drift": {"sample_rate": 2}}, "drift.sample_rate", "less than or equal to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,40 @@ def replica(
 
 def ingress(process: str = "i", split: Split | None = None) -> IngressBeat:
     return IngressBeat(process, Batch(process, 1, 0.0), Recorder().snapshot(), split)
+
+
+def test_energy_is_told_per_token_with_its_co2_and_stays_when_a_replica_dies(clock: Clock) -> None:
+    controller = Controller(replace(CONFIG, co2_grams_per_kwh=360.0), clock)
+    recorder = Recorder()
+    recorder.add(metrics.ENERGY, INT8, 20.0)
+    recorder.add(metrics.ENERGY_TOKENS, INT8, 100)
+    controller.replica(ReplicaBeat("a", "int8", "ready", energy="RAPL package-0", snapshot=recorder.snapshot()))
+    controller.replica(ReplicaBeat("c", "bf16", "ready", energy="unavailable: no counters"))
+    bf16, int8 = (row["energy"] for row in controller.variants())
+    assert int8 == {
+        "measured": "RAPL package-0", "joules": 20.0, "tokens": 100.0, "joules_per_token": 0.2,
+        "co2_grams_per_kwh": 360.0, "co2_grams_per_million_tokens": pytest.approx(20.0),
+    }  # fmt: skip
+    assert (bf16["joules"], bf16["joules_per_token"], bf16["measured"]) == (None, None, "unavailable: no counters")
+    text = controller.metrics(ingress())
+    assert 'halftone_energy_joules_total{model_name="m",precision="int8",variant="int8"} 20.0' in text
+    assert 'halftone_energy_joules_total{model_name="m",precision="bf16"' not in text
+    assert 'halftone_energy_co2_grams_per_kwh{model_name="m",precision="bf16",variant="bf16"} 360.0' in text
+    clock.now_s += 100.0
+    assert controller.variants()[1]["energy"]["joules"] == 20.0
+
+
+def test_a_beat_that_was_overtaken_takes_nothing_back(controller: Controller) -> None:
+    def beat(sequence: int, tokens: int) -> IngressBeat:
+        recorder = Recorder()
+        recorder.add(metrics.GENERATION_TOKENS, INT8, tokens)
+        return IngressBeat("i", Batch("i", sequence, 0.0), recorder.snapshot())
+
+    for sequence, tokens in ((1, 5), (3, 9), (2, 7)):
+        controller.ingress(beat(sequence, tokens))
+    assert 'generation_tokens_total{model_name="m",precision="int8",variant="int8"} 9.0' in controller.metrics(
+        beat(3, 9)
+    )
 
 
 def states(controller: Controller) -> dict[str, str]:

@@ -14,6 +14,9 @@ from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, P
 from serve.heartbeat import Orders, ReplicaBeat
 from serve.hop import Parcel
 from serve.replica import Replica
+from serve.upkeep.energy import EnergyMeter, Processor
+from serve.upkeep.rapl import Rapl
+from tests.upkeep.powercap import Powercap
 
 
 class Beats:
@@ -94,6 +97,30 @@ async def test_it_reports_how_it_loads_and_what_it_holds(replica: Replica, beats
     assert ready.context_length == 1024
     names = {name for name, _ in ready.snapshot.values}
     assert {"memory_bytes", "compression_ratio", "load_seconds", "kv_cache_usage_ratio"} <= names
+
+
+async def test_energy_is_counted_while_it_answers_and_is_unavailable_where_no_counter_is(
+    beats: Beats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    powercap = Powercap(tmp_path / "powercap")
+    meter = EnergyMeter([Processor(Rapl(tmp_path / "powercap"))])
+    monkeypatch.setattr(EnergyMeter, "of", lambda device: meter)
+    replica = replica_of(config(), beats)
+    await replica.open()
+    powercap.add("0", 10.0)
+    await parcels(replica, request("a", max_tokens=40))
+    assert replica._serving
+    await asyncio.to_thread(replica._serving.upkeep.look)
+    values = {name: value for (name, _), value in replica._now().snapshot.values.items()}
+    assert 0.0 < values["energy_joules_total"] <= 10.0
+    assert values["energy_tokens_total"] >= 40
+    assert replica._now().energy.startswith("RAPL package-0, dram, package-1 (this process's part")
+    powercap.file("0").unlink()
+    await asyncio.to_thread(replica._serving.upkeep.look)
+    assert replica._now().energy.startswith("unavailable: ")
+    kept = {name: value for (name, _), value in replica._now().snapshot.values.items()}
+    assert kept["energy_joules_total"] == values["energy_joules_total"]  # no counter falls
+    await replica.close()
 
 
 @pytest.mark.parametrize(

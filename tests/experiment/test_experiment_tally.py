@@ -147,7 +147,8 @@ def test_held_out_users_stay_on_stable_and_belong_to_the_split_test() -> None:
 
 def test_tokens_cost_energy_and_memory_are_told_per_variant() -> None:
     tally = counted(replace(PLAN, price_per_hour=3.6))
-    facts = {"int8": Facts("int8", 2, {"weights": 7}, 0.5, energy_joules=50.0, generation_tokens=100.0)}
+    measured = Facts("int8", 2, {"weights": 7}, 0.5, energy_joules=50.0, generation_tokens=100.0)
+    facts = {"int8": replace(measured, energy_measured="RAPL package-0", co2_grams_per_kwh=360.0)}
     row = rows(told(tally, facts))["int8"]
     assert row["tokens_per_s"] == pytest.approx(row["completion_tokens"] / 240)
     assert row["cost_per_million_tokens"] == pytest.approx(2 * 0.001 * 240 / row["completion_tokens"] * 1e6)
@@ -157,7 +158,13 @@ def test_tokens_cost_energy_and_memory_are_told_per_variant() -> None:
         0.5,
         0.5,
     )
-    assert rows(told(counted()))["int8"]["cost_per_million_tokens"] is None
+    assert row["energy_measured"] == "RAPL package-0"
+    assert row["co2_grams_per_million_tokens"] == pytest.approx(50.0)
+    unmeasured = Facts("int8", energy_measured="unavailable: no counters", co2_grams_per_kwh=360.0)
+    row = rows(told(counted(), {"int8": unmeasured}))["int8"]
+    assert row["cost_per_million_tokens"] is None
+    assert row["energy_joules_per_token"] is row["co2_grams_per_million_tokens"] is None
+    assert row["energy_measured"] == "unavailable: no counters"
 
 
 def test_busy_time_is_the_length_of_the_union_in_whatever_order() -> None:
