@@ -115,6 +115,11 @@ class View:
         """Every variant has loaded or failed."""
         return all(variant.state != "loading" for variant in self.variants)
 
+    @property
+    def users_wait(self) -> bool:
+        """For the engine of some variant: whatever serves no user gives way."""
+        return any(variant.waiting for variant in self.variants)
+
     def serving(self) -> Split | None:
         return serving(self.split, {variant.name for variant in self.variants if variant.state == "ready"})
 

@@ -9,7 +9,7 @@ thinks alike answers alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from serve.api.backend import Call
@@ -43,13 +43,13 @@ class Mirror:
             return []
         names = [name for name in shadows(view.split, call.requests[0].request_id) if name != served_by.name]
         drawn = [state for state in view.variants if state.name in names]
-        return [state for state in drawn if self._admits(state, view.variants)]
+        return [state for state in drawn if self._admits(state, view)]
 
-    def _admits(self, state: VariantState, everybody: Sequence[VariantState]) -> bool:
+    def _admits(self, state: VariantState, view: View) -> bool:
         if state.state != "ready":
             self._journal.mirrored(state, "unavailable")
             return False
-        if self._open >= _OPEN_SHADOWS or any(other.waiting for other in everybody):
+        if self._open >= _OPEN_SHADOWS or view.users_wait:
             self._journal.mirrored(state, "shed")
             return False
         self._open += 1

@@ -69,7 +69,7 @@ class Scorer:
         if reader.state != "ready":
             self._journal.sampled(about, "no_data")
             return None
-        if reader.waiting or self._open >= _OPEN_SAMPLES:
+        if view.users_wait or self._open >= _OPEN_SAMPLES:
             self._journal.sampled(about, "shed")
             return None
         self._open += 1

@@ -107,6 +107,10 @@ class Stage:
         self.recorder.add(metrics.DRIFT_AGREEMENTS, labels, agreeing)
         self.recorder.add(metrics.DRIFT_SAMPLES, labels, 1, "scored")
 
+    def sampled(self, name: str, result: str, answers: int = 1) -> None:
+        """Answers that were drawn for scoring and came to nothing."""
+        self.recorder.add(metrics.DRIFT_SAMPLES, self.variants_[name].labels, answers, result)
+
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(MODEL, "ready", context_length=512), *map(_card, self.variants_.values())]
 

@@ -73,23 +73,30 @@ def test_memory_is_told_by_component_and_against_16_bits(server: Server, page: P
     expect(row).to_contain_text("ratio3.56×")
 
 
-def test_the_front_holds_those_that_none_beats_in_both(server: Server, page: Page) -> None:
+def advice(page: Page, want: str) -> playwright.Locator:
+    return page.locator(".advice li").filter(has_text=want)
+
+
+def test_each_thing_one_may_want_has_its_answer(server: Server, page: Page) -> None:
     for name in ("bf16", "int8", "nf4"):
         server.stage.answered(name, 30)
     open_page(page, server)
-    verdict = page.locator("#choice .verdict")
-    expect(verdict).to_have_text("int8 is fastest, nf4 smallest. Another variant is both faster and smaller than bf16.")
+    expect(advice(page, "Fastest")).to_contain_text("int81.56× the speed; its quality is not measured yet")
+    expect(advice(page, "Smallest")).to_contain_text("nf4135 MiB; 0.28× the bytes")
+    expect(advice(page, "Closest")).to_have_count(0)
 
 
-def test_the_verdict_tells_who_stays_within_its_guard(server: Server, page: Page) -> None:
+def test_the_closest_is_told_and_who_strays_beyond_its_guard(server: Server, page: Page) -> None:
     for name in ("bf16", "int8", "nf4"):
         server.stage.answered(name, 30)
     server.stage.drifted("int8", tokens=500, kl_nats=0.003, agreeing=480)
     server.stage.drifted("nf4", tokens=500, kl_nats=0.2, agreeing=350)
     open_page(page, server)
-    verdict = page.locator("#choice .verdict")
-    expect(verdict).to_contain_text(
-        "int8 stays closest to the reference; the smallest within its guard is int8; nf4 is beyond it."
+    expect(advice(page, "Closest to bf16")).to_contain_text(
+        "int896 % of its tokens are bf16's first choice (KL 0.003); 1.56× the speed; 0.51× the bytes"
+    )
+    expect(page.locator("#choice .lines")).to_have_text(
+        "nf4 is beyond its guard: it strays further than its precision should (KL 0.2, guard 0.092)."
     )
     plotted = page.get_by_role("img", name="Quality against bytes.")
     expect(plotted).to_have_accessible_name(
@@ -97,19 +104,31 @@ def test_the_verdict_tells_who_stays_within_its_guard(server: Server, page: Page
     )
 
 
+def test_a_variant_that_another_beats_in_everything_is_named(server: Server, page: Page) -> None:
+    server.stage.change("gptq4", state="ready", reason=None, bits=4.4, gap_s=0.009)
+    for name, kl_nats in (("bf16", 0.0), ("int8", 0.003), ("nf4", 0.08), ("gptq4", 0.05)):
+        server.stage.answered(name, 30)
+        if kl_nats:
+            server.stage.drifted(name, tokens=500, kl_nats=kl_nats, agreeing=400)
+    open_page(page, server)
+    expect(page.locator("#choice .lines")).to_have_text("Nothing speaks for nf4: gptq4 is faster, smaller and closer.")
+
+
 def test_speeds_that_cannot_be_told_apart_are_not_ranked(server: Server, page: Page) -> None:
     server.stage.change("nf4", gap_s=0.0091)
     for name in ("bf16", "int8", "nf4"):
         server.stage.answered(name, 30)
     open_page(page, server)
-    expect(page.locator("#choice .verdict")).to_contain_text("int8 and nf4 are about as fast; nf4 is smallest.")
+    expect(advice(page, "Fastest")).to_contain_text("about as fast as each other")
+    expect(advice(page, "Fastest").locator(".name")).to_have_text(["■ int8", "▲ nf4"])
 
 
 def test_few_answers_make_no_verdict(server: Server, page: Page) -> None:
     server.stage.answered("bf16", 30)
     server.stage.answered("int8", 1)
     open_page(page, server)
-    expect(page.locator("#choice .verdict")).to_have_text("Too few tokens timed yet to tell: int8.")
+    expect(page.locator("#choice .lines")).to_have_text("Too few tokens timed yet to tell: int8.")
+    expect(advice(page, "Fastest")).to_have_count(0)
 
 
 def test_a_failed_variant_shows_its_reason(server: Server, page: Page) -> None:
@@ -135,12 +154,12 @@ def test_drift_appears_once_it_is_measured(server: Server, page: Page) -> None:
     server.stage.answered("nf4", 30)
     open_page(page, server)
     expect(page.locator("#drift")).to_be_hidden()
-    expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_hidden()
+    expect(page.locator("#choice").get_by_role("columnheader", name="Agreement")).to_be_hidden()
     server.stage.drifted("nf4", tokens=100, kl_nats=0.025, agreeing=91)
     row = page.locator("#drift tbody tr")
     expect(row).to_contain_text("0.025")
     expect(row).to_contain_text("91 %")
-    expect(page.locator("#choice").get_by_role("columnheader", name="KL")).to_be_visible()
+    expect(page.locator("#choice").get_by_role("columnheader", name="Agreement")).to_be_visible()
 
 
 def test_drift_is_held_against_its_guard_and_says_when_there_is_no_data(server: Server, page: Page) -> None:
@@ -156,6 +175,22 @@ def test_drift_is_held_against_its_guard_and_says_when_there_is_no_data(server: 
         server.stage.answered("nf4")
         page.wait_for_timeout(1000)
     expect(row["nf4"]).to_contain_text("no data")
+
+
+def test_drift_without_a_reader_says_so_at_once_and_tells_what_was_not_scored(server: Server, page: Page) -> None:
+    page.clock.install()
+    server.stage.drifted("nf4", tokens=100, kl_nats=0.05, agreeing=80)
+    open_page(page, server)
+    expect(page.locator("#drift tbody tr")).to_contain_text("within 0.092")
+    page.clock.fast_forward(11_000)  # until no sample of the last ten seconds was scored
+    server.stage.sampled("nf4", "no_data", 4)
+    server.stage.sampled("nf4", "shed", 2)
+    expect(page.locator("#drift tbody tr")).to_contain_text("no data now")
+    expect(page.locator("#drift .hint")).to_have_text(
+        "nf4: 1 answers scored, 2 shed to make way for users, 4 found no reader."
+    )
+    server.stage.drifted("nf4", tokens=100, kl_nats=0.05, agreeing=80)
+    expect(page.locator("#drift tbody tr")).to_contain_text("within 0.092")
 
 
 # -- the split -------------------------------------------------------------------------------------------------------
@@ -459,6 +494,26 @@ def test_a_server_that_goes_away_is_told_and_found_again(server: Server, page: P
     complaints.clear()
 
 
+def test_one_look_that_fails_is_no_lost_server(server: Server, page: Page, complaints: list[str]) -> None:
+    open_page(page, server)
+    page.route("**/metrics", lambda route: route.abort(), times=1)
+    expect(page.locator("#status")).to_contain_text("No answer since")
+    assert page.get_by_role("alert").is_hidden()
+    expect(page.locator("#status")).to_contain_text("variants ready")
+    complaints.clear()
+
+
+def test_an_admin_route_that_does_not_answer_holds_up_nothing_else(server: Server, page: Page) -> None:
+    open_page(page, server)
+    page.route("**/admin/traffic", lambda route: None)  # for ever
+    server.stage.answered("bf16", 10)
+    expect(page.locator("#traffic")).to_contain_text("10 answers")
+    expect(page.locator("#status")).to_contain_text("variants ready")
+    expect(page.locator("#traffic .age")).to_contain_text(": no answer since")
+    expect(page.locator("#rollouts .age")).to_be_hidden()
+    expect(page.get_by_role("img", name="Configured: bf16 60 %, int8 20 %, nf4 20 %")).to_be_visible()
+
+
 def test_nobody_is_asked_while_nobody_looks(server: Server, page: Page) -> None:
     page.clock.install()
     open_page(page, server)
@@ -481,8 +536,11 @@ def test_a_server_that_does_not_answer_is_asked_ever_more_seldom(
     open_page(page, server)
     page.route("**/metrics", lambda route: route.abort())
     page.clock.run_for(1000)
+    expect(page.locator("#status")).to_contain_text("asking again")
     said = page.get_by_role("alert")
-    expect(said).to_contain_text("Next try in 2 s.")
+    expect(said).to_be_hidden()
+    page.clock.run_for(2000)
+    expect(said).to_contain_text("Next try in 4 s.")
     for _ in range(100):
         page.clock.run_for(15_000)
         if "Next try in 15 s." in said.inner_text():

@@ -196,6 +196,52 @@ def test_memory_is_flat_in_the_length_of_the_text_at_a_vocabulary_of_128_k() -> 
     assert long - short < 64 * 1024, "256 positions more of both sides' logits would be 256 MiB"
 
 
+RETAINED = """
+import ctypes, psutil, sys, torch
+from serve.api.backend import Call
+from serve.drift import Keeper, Pairing, Room
+from serve.engine.head import Head
+from serve.generation import Delta, GenerationRequest, SamplingParams
+from serve.heartbeat import VariantState
+from serve.journal import Journal
+from serve.rollout import Drift, Split
+torch.set_num_threads(1)
+vocabulary, hidden, prompt, answer = 131072, 64, 8, 16
+weight = torch.randn(vocabulary, hidden)
+head = Head("same", torch.float32, torch.float32, lambda rows: rows @ weight.T)
+room, journal, state = Room(2**26), Journal("m", "i"), VariantState("nf4", "nf4")
+rows = torch.randn(prompt + answer - 1, hidden)
+for number in range(int(sys.argv[1])):
+    keeper = Keeper("hidden", tuple(range(prompt)), head, room, 2**24)
+    keeper.see(0, rows)
+    keeper.hear(Delta("r", 0, "", tuple(range(answer))))
+    recording = keeper.recording()
+    pairing = Pairing(recording, "variant", head)
+    for at in range(0, len(rows), 16):
+        pairing.see(at, rows[at : at + 16] @ weight.T)
+    keeper.close()
+    scores = pairing.scores()
+    call = Call("m", (GenerationRequest("r", recording.token_ids, SamplingParams()),))
+    trace = journal.open(call, state, None, Split("nf4", {"nf4": 100.0}))
+    journal.scored(state, scores)
+    trace.scored("nf4", Drift(**scores.summary()))
+    journal.acknowledge(journal.batch())
+assert room.take(2**26), "every recording gave its room back"
+ctypes.CDLL(None).malloc_trim(0)
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_retained_of_what_was_scored_at_a_vocabulary_of_128_k() -> None:
+    def resident_bytes(samples: int) -> int:
+        command = [sys.executable, "-c", RETAINED, str(samples)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    few, many = resident_bytes(3), resident_bytes(35)
+    assert many - few < 4 * 2**20, "one row of logits more per sample would be 16 MiB"
+
+
 def test_a_head_keeps_its_digest_over_dtypes_apart() -> None:
     def head(dtype: torch.dtype) -> Head | None:
         from serve.engine.architecture import adopt

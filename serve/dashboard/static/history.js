@@ -76,6 +76,7 @@ function driftBetween(later, earlier) {
     histogram,
     tokens: tokens || observations(histogram),
     meanNats: mean(histogram),
+    samples: grown(later.driftSamples, earlier?.driftSamples),
     agreement: delta("driftAgreements") / tokens,
   };
 }

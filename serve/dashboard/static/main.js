@@ -39,7 +39,12 @@ function onSnapshot(snapshot, adminRefusal) {
   update();
 }
 
-function onError(error, retryMs) {
+/** One look that fails is a slow moment, not a lost server: the second in a row is told. */
+function onError(error, retryMs, failures) {
+  if (failures === 1 && history.latest && error.status !== 401) {
+    setText(byId("status"), `No answer since ${clock(history.latest.atMs)}; asking again`);
+    return;
+  }
   const trouble = byId("trouble");
   const seen = history.latest ? ` What you see is from ${clock(history.latest.atMs)}.` : "";
   const next = Number.isFinite(retryMs) ? ` Next try in ${Math.round(retryMs / 1000)} s.` : "";

@@ -30,24 +30,27 @@ const BY_LABEL = {
   errors: ["request_errors_total", "code"],
   memory: ["memory_bytes", "component"],
   loadSeconds: ["load_seconds", "stage"],
+  driftSamples: ["drift_samples_total", "result"],
 };
 
 /**
- * `models`: the list of /v1/models. `admin`: {variants, traffic, rollouts, experiments} of the admin routes, or null where they are
- * closed.
- * `atMs` is this page's own clock.
+ * `models`: the list of /v1/models. `admin`: {variants, traffic, rollouts, experiments} of the admin routes, each
+ * `{value, atMs}` with null for what was never answered, or null where they are closed. `atMs` is this page's own clock;
+ * `asOfMs` says of when each part of `admin` is.
  */
 export function readSnapshot(metricsText, models, admin, atMs) {
   const series = parse(metricsText);
   const cards = models.filter((card) => card.variant);
-  const details = new Map((admin?.variants ?? []).map((variant) => [variant.name, variant]));
-  const weights = admin?.traffic?.weights ?? null;
+  const told = (name) => admin?.[name].value ?? null;
+  const details = new Map((told("variants") ?? []).map((variant) => [variant.name, variant]));
+  const weights = told("traffic")?.weights ?? null;
   return {
     atMs,
     model: models.find((card) => !card.variant)?.id ?? "",
-    traffic: admin?.traffic ?? null,
-    rollouts: admin?.rollouts ?? null,
-    experiments: admin?.experiments ?? null,
+    asOfMs: Object.fromEntries(Object.entries(admin ?? {}).map(([name, { atMs: at }]) => [name, at])),
+    traffic: told("traffic"),
+    rollouts: told("rollouts"),
+    experiments: told("experiments"),
     variants: cards.map((card, index) => ({
       index,
       ...identity(card, details.get(card.variant)),

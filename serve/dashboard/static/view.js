@@ -42,10 +42,15 @@ function statistics(snapshot, before) {
 
 const requestsOf = (stats) => Object.fromEntries(Object.entries(stats).map(([name, { requests }]) => [name, requests]));
 
-/** The variant that the others are held against: the stable one where we may know it, else the one of most bits. */
+/**
+ * The variant that the others are held against: the one that has no guard while others have; where there are none the
+ * stable one where we may know it, else the one of most bits.
+ */
 function referenceOf(snapshot) {
   const ready = snapshot.variants.filter((variant) => variant.state === "ready");
+  const unguarded = snapshot.variants.filter((variant) => !(variant.driftGuard > 0));
+  const measured = unguarded.length === 1 ? ready.find((variant) => variant === unguarded[0]) : null;
   const stable = ready.find((variant) => variant.name === snapshot.traffic?.stable);
   const widest = ready.toSorted((a, b) => (b.bitsPerWeight || 0) - (a.bitsPerWeight || 0))[0];
-  return (stable ?? widest)?.name ?? null;
+  return (measured ?? stable ?? widest)?.name ?? null;
 }

@@ -1,5 +1,6 @@
-// Which precision? Speed against bytes, and quality against bytes once the server measures it; each with its front.
+// Which precision? An answer for each thing one may want, then speed, bytes and quality in numbers and with their fronts.
 
+import { adviceOn } from "../advice.js";
 import { FrontChart } from "../charts.js";
 import { el, keyed, setText, show } from "../dom.js";
 import { bytes, count, duration, factor, number, percent } from "../format.js";
@@ -27,31 +28,44 @@ export function choicePanel() {
     yLabel: "KL, nats per token",
     lowerIsBetter: true,
   });
-  const head = el("tr", {}, ["Variant", "Speed", "Bytes", "16-bit saving", "KL"].map((t) => el("th", { scope: "col" }, t)));
+  const head = el("tr", {}, ["Variant", "Speed", "Bytes", "16-bit saving", "Agreement"].map((t) => el("th", { scope: "col" }, t)));
   const body = el("tbody");
   const table = el("table", { class: "choice" }, el("caption"), el("thead", {}, head), body);
-  const verdict = el("p", { class: "verdict" });
+  const advice = el("ul", { class: "advice" });
+  const notes = el("ul", { class: "lines" });
 
   function update(view) {
     const points = pointsOf(view.variants);
     const timed = points.filter((p) => Number.isFinite(p.speed));
     const scored = points.filter((p) => Number.isFinite(p.drift));
     const judged = scored.length ? points.filter((p) => Number.isFinite(p.drift) || p.variant.name === view.reference) : [];
+    const reference = points.find((p) => p.variant.name === view.reference);
+    tell(adviceOn(points, reference));
     show(speed.node, timed.length > 0);
     show(quality.node, judged.length > 0);
     if (timed.length) speed.plot(timed.map(({ variant, size, speed: y }) => ({ variant, x: size, y })));
     if (judged.length) quality.plot(judged.map(({ variant, size, drift }) => ({ variant, x: size, y: drift || 0 })));
-    const reference = points.find((p) => p.variant.name === view.reference);
     table.classList.toggle("unmeasured", judged.length === 0);
     setText(table.caption, reference ? `Held against ${view.reference}` : "");
     keyed(body, points, (p) => p.variant.name, makeRow, (row, p) => updateRow(row, p, reference));
-    setText(verdict, `${verdictOf(timed)}${qualityOf(scored)}`);
+  }
+
+  function tell({ answers, remarks }) {
+    keyed(advice, answers, (a) => a.want, () => el("li", {}, el("span", { class: "want" }), el("span", { class: "names" }), el("span", { class: "why" })), (node, a) => {
+      const [want, names, why] = node.children;
+      setText(want, a.want);
+      keyed(names, a.points, (p) => p.variant.name, makeName, () => {});
+      setText(why, a.why);
+    });
+    keyed(notes, remarks, (remark) => remark, () => el("li"), setText);
   }
 
   const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
   return panel(
     { id: "choice", title: "Which precision", lead, update, available: (view) => pointsOf(view.variants).length > 0 },
-    el("div", { class: "split" }, el("div", { class: "charts" }, speed.node, quality.node), el("div", { class: "wide" }, verdict, table)),
+    advice,
+    notes,
+    el("div", { class: "split" }, el("div", { class: "charts" }, speed.node, quality.node), el("div", { class: "wide" }, table)),
   );
 }
 
@@ -65,22 +79,29 @@ function pointsOf(variants) {
     gap: mean(variant.stats.itl),
     gaps: observations(variant.stats.itl),
     drift: variant.stats.drift.meanNats,
+    agreement: variant.stats.drift.agreement,
+    scored: variant.stats.drift.tokens,
+    guard: variant.driftGuard,
   }));
 }
 
-function makeRow({ variant }) {
-  const name = el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
+function makeName({ variant }) {
+  return el("span", { class: `name ${seriesClass(variant)}` }, `${markOf(variant)} ${variant.name}`);
+}
+
+function makeRow(point) {
   const cells = [0, 1, 2, 3].map(() => el("td", {}, el("span", { class: "main" }), el("span", { class: "second" })));
-  return el("tr", {}, el("th", { scope: "row" }, name), cells);
+  return el("tr", {}, el("th", { scope: "row" }, makeName(point)), cells);
 }
 
 function updateRow(row, point, reference) {
-  const { variant, size, speed, gap, gaps, drift } = point;
+  const { variant, size, speed, gap, gaps, drift, agreement } = point;
+  const isReference = point === reference;
   const texts = [
     [factor(speed / reference?.speed), `${duration(gap)} a token, n ${count(gaps)}`],
     [factor(size / reference?.size), bytes(size)],
     [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits a weight`],
-    [number(drift, 2), Number.isFinite(drift) ? `${percent(variant.stats.drift.agreement)} same first choice` : "not measured"],
+    isReference ? ["the reference", ""] : [percent(agreement), Number.isFinite(drift) ? `KL ${number(drift, 2)}` : "not measured"],
   ];
   texts.forEach(([main, second], index) => {
     const [first, below] = row.children[index + 1].children;
@@ -88,48 +109,3 @@ function updateRow(row, point, reference) {
     setText(below, second);
   });
 }
-
-const FEW_GAPS = 300;
-const FEW_TOKENS = 200;
-const TOLD_APART = 1.05;
-
-/** The plot in a sentence or two, once enough tokens were timed. */
-function verdictOf(points) {
-  if (!points.length) return "No answers yet to time. Send some, or try the loupe.";
-  const few = points.filter((p) => p.gaps < FEW_GAPS).map((p) => p.variant.name);
-  if (few.length) return `Too few tokens timed yet to tell: ${few.join(", ")}.`;
-  if (points.length === 1) return `Only ${points[0].variant.name} has answered so far.`;
-  return `${leaders(points)}${losers(points)}`;
-}
-
-/** Speeds within five percent of each other are called the same: they move by that much from minute to minute. */
-function leaders(points) {
-  const [smallest] = points.toSorted((a, b) => a.size - b.size);
-  const top = Math.max(...points.map((p) => p.speed));
-  const fastest = points.filter((p) => p.speed * TOLD_APART > top);
-  if (fastest.length === points.length) return `All are about as fast; ${smallest.variant.name} is smallest.`;
-  if (fastest.length > 1) return `${listed(fastest)} are about as fast; ${smallest.variant.name} is smallest.`;
-  if (fastest[0] === smallest) return `${smallest.variant.name} is both fastest and smallest.`;
-  return `${fastest[0].variant.name} is fastest, ${smallest.variant.name} smallest.`;
-}
-
-function losers(points) {
-  const beats = (other, p) => other.speed > p.speed * TOLD_APART && other.size < p.size;
-  const beaten = points.filter((p) => points.some((other) => beats(other, p)));
-  return beaten.length ? ` Another variant is both faster and smaller than ${listed(beaten)}.` : "";
-}
-
-/** Who stays within the guard of its precision, once enough tokens were scored. */
-function qualityOf(scored) {
-  const known = scored.filter(({ variant }) => variant.stats.drift.tokens >= FEW_TOKENS && variant.driftGuard > 0);
-  if (!known.length) return "";
-  const beyond = known.filter((p) => p.drift > p.variant.driftGuard);
-  const within = known.filter((p) => !beyond.includes(p)).toSorted((a, b) => a.size - b.size);
-  const closest = known.toSorted((a, b) => a.drift - b.drift)[0];
-  const said = [` ${closest.variant.name} stays closest to the reference`];
-  if (within.length) said.push(`the smallest within its guard is ${within[0].variant.name}`);
-  if (beyond.length) said.push(`${listed(beyond)} ${beyond.length > 1 ? "are" : "is"} beyond it`);
-  return `${said.join("; ")}.`;
-}
-
-const listed = (points) => points.map((p) => p.variant.name).join(" and ");

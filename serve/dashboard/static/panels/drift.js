@@ -8,9 +8,11 @@ import { observations, quantile } from "../prometheus.js";
 import { Recorder } from "../recorder.js";
 import { panel } from "./panel.js";
 
+const NOT_SCORED = { shed: "shed to make way for users", no_data: "found no reader", unfinished: "unfinished", failed: "failed" };
+
 const COLUMNS = [
   ["KL mean, nats", (d) => number(d.meanNats, 3)],
-  ["Guard", (d, guard) => against(d.meanNats, guard)],
+  ["Guard", (d, guard, now) => (isBlind(now) ? "no data now" : against(d.meanNats, guard))],
   ["p50", (d) => number(quantile(d.histogram, 0.5), 2)],
   ["p99", (d) => number(quantile(d.histogram, 0.99), 2)],
   ["Same first choice", (d) => percent(d.agreement)],
@@ -29,17 +31,20 @@ export function driftPanel() {
   const body = el("tbody");
   const table = el("table", { class: "choice" }, el("thead", {}, el("tr", {}, titles)), body);
 
+  const losses = el("p", { class: "hint" });
+
   function update(view) {
     const scored = measured(view);
     recorder.record(view, scored);
     chart.draw(scored, recorder.data(scored), recorder.summary(scored, (v) => number(v, 2)));
     keyed(body, scored, (v) => v.name, makeRow, updateRow);
+    setText(losses, lossesOf(scored));
   }
 
   const lead = "Served tokens scored again on the reference variant, over the whole vocabulary.";
   return panel(
     { id: "drift", title: "Drift", lead, update, available: (view) => measured(view).length > 0 },
-    el("div", { class: "split" }, chart.node, el("div", { class: "wide" }, table)),
+    el("div", { class: "split" }, chart.node, el("div", { class: "wide" }, table, losses)),
   );
 }
 
@@ -51,8 +56,8 @@ function makeRow(variant) {
 }
 
 function updateRow(row, variant) {
-  const { driftGuard: guard, stats } = variant;
-  COLUMNS.forEach(([, say], index) => setText(row.children[index + 1], say(stats.drift, guard)));
+  const { driftGuard: guard, stats, now } = variant;
+  COLUMNS.forEach(([, say], index) => setText(row.children[index + 1], say(stats.drift, guard, now.drift)));
   row.classList.toggle("beyond", stats.drift.meanNats > guard);
 }
 
@@ -60,4 +65,18 @@ function against(meanNats, guard) {
   if (!Number.isFinite(meanNats)) return "no data";
   if (!(guard > 0)) return "none";
   return `${meanNats > guard ? "beyond" : "within"} ${number(guard, 2)}`;
+}
+
+/** Answers were drawn in the last seconds, and nobody was there to read them. */
+const isBlind = ({ samples }) => samples.no_data > 0 && !samples.scored;
+
+/** "nf4: 12 answers scored, 3 shed to make way for users". Told where any were not scored. */
+function lossesOf(scored) {
+  const told = scored.flatMap(({ name, stats: { drift } }) => {
+    const lost = Object.entries(NOT_SCORED).filter(([result]) => drift.samples[result] > 0);
+    if (!lost.length) return [];
+    const parts = lost.map(([result, words]) => `${count(drift.samples[result])} ${words}`);
+    return [`${name}: ${count(drift.samples.scored ?? 0)} answers scored, ${parts.join(", ")}`];
+  });
+  return told.length ? `${told.join("; ")}.` : "";
 }

@@ -1,22 +1,22 @@
 // The experiment that runs or ran last: what each variant got, and how it differs from the baseline at equal load.
 
-import { sendJson, ServerError } from "../client.js";
 import { el, keyed, setText, show } from "../dom.js";
 import { count, duration, number, percent, span } from "../format.js";
+import { Orders } from "../orders.js";
 import { panel } from "./panel.js";
 
 const TITLES = ["Variant", "Answers", "First token, p50", "Next token, mean", "Errors", "Tokens/s", "KL, nats", "Cost per million tokens"];
 
-export function experimentPanel({ look, askKey }) {
-  const experiments = new Experiments(look, askKey);
+export function experimentPanel(page) {
+  const experiments = new Experiments(page);
   const lead = "Users dealt to variants for a while, and what each got. Intervals hold while one watches.";
   const available = (view) => view.snapshot.experiments !== null;
-  return panel({ id: "experiments", title: "Experiments", lead, available, update: (view) => experiments.update(view) }, experiments.node);
+  const described = { id: "experiments", title: "Experiments", lead, source: "experiments", available };
+  return panel({ ...described, update: (view) => experiments.update(view) }, experiments.node);
 }
 
 class Experiments {
-  #look;
-  #askKey;
+  #orders;
   #name = "";
   #head = el("p", { class: "verdict" });
   #stop = el("button", { type: "button" }, "Stop");
@@ -33,12 +33,11 @@ class Experiments {
     this.#split,
     el("div", { class: "buttons" }, this.#stop),
   );
-  #form = new Starter((body) => this.#ask("admin/experiments", body, (e) => `${e.name} is ${e.state}.`));
+  #form = new Starter((body) => this.#orders.send("POST", "admin/experiments", body, (e) => `${e.name} is ${e.state}.`));
   node = el("div", { class: "editor" }, this.#current, this.#said, this.#form.node);
 
-  constructor(look, askKey) {
-    this.#look = look;
-    this.#askKey = askKey;
+  constructor(page) {
+    this.#orders = new Orders(page, this.#said);
     this.#stop.addEventListener("click", () => void this.#end());
   }
 
@@ -62,18 +61,8 @@ class Experiments {
 
   async #end() {
     if (confirm(`Stop ${this.#name}? Traffic is then again what it was before.`)) {
-      await this.#ask(`admin/experiments/${this.#name}/stop`, {}, (e) => `${e.name} has ended.`);
-    }
-  }
-
-  async #ask(path, body, told) {
-    try {
-      setText(this.#said, told(await sendJson("POST", path, body)));
-      this.#look();
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      setText(this.#said, `Not done: ${error.message}`);
-      if (error.status === 401) this.#askKey(error.message);
+      const path = `admin/experiments/${encodeURIComponent(this.#name)}/stop`;
+      await this.#orders.send("POST", path, {}, (e) => `${e.name} has ended.`);
     }
   }
 }
@@ -103,8 +92,8 @@ class Starter {
   }
 
   update({ snapshot }, running) {
-    this.#weights = snapshot.traffic.weights;
-    this.#begin.disabled = running;
+    this.#weights = snapshot.traffic?.weights ?? {};
+    this.#begin.disabled = running || snapshot.traffic === null;
   }
 }
 

@@ -13,8 +13,8 @@ import { variantsPanel } from "./variants.js";
 
 export const PANELS = [
   trafficPanel,
-  variantsPanel,
   choicePanel,
+  variantsPanel,
   driftPanel,
   rolloutPanel,
   experimentPanel,

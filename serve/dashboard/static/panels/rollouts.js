@@ -1,35 +1,35 @@
 // The rollout that runs or ran last: where it stands, what the guards say, and what the admin key may do about it.
 
-import { sendJson, ServerError } from "../client.js";
 import { el, keyed, setAttribute, setText, show } from "../dom.js";
 import { clock, count, duration, number } from "../format.js";
+import { Orders } from "../orders.js";
 import { panel } from "./panel.js";
 
 const SHOWN_LINES = 8;
 const RESULTS = { pass: "within its margin", fail: "worse", inconclusive: "not decided yet", no_data: "no data" };
 
 /** Order, text, when it means something, and what to ask before it is sent. */
-const ORDERS = [
+const BUTTONS = [
   ["pause", "Pause", (r) => !r.ended && !r.paused, null],
   ["resume", "Resume", (r) => !r.ended && r.paused, null],
   ["promote", "Promote", (r) => r.phase === "awaiting_approval", (r) => `Go on with ${r.canary} after step ${r.step + 1} of ${r.steps}?`],
   ["abort", "Abort", (r) => !r.ended, (r) => `Abort, and send everybody back to ${r.stable}?`],
 ];
 
-export function rolloutPanel({ look, askKey }) {
-  const rollouts = new Rollouts(look, askKey);
+export function rolloutPanel(page) {
+  const rollouts = new Rollouts(page);
   const lead = "A canary gets more traffic step by step while every guard holds, and none as soon as one does not.";
   const available = (view) => view.snapshot.rollouts !== null;
-  return panel({ id: "rollouts", title: "Rollouts", lead, available, update: (view) => rollouts.update(view) }, rollouts.node);
+  const described = { id: "rollouts", title: "Rollouts", lead, source: "rollouts", available };
+  return panel({ ...described, update: (view) => rollouts.update(view) }, rollouts.node);
 }
 
 class Rollouts {
-  #look;
-  #askKey;
+  #orders;
   #shown = null;
   #head = el("p", { class: "verdict" });
   #facts = el("dl", { class: "facts totals" });
-  #orders = ORDERS.map(([order, text, , question]) => el("button", { type: "button", onclick: () => this.#order(order, question) }, text));
+  #buttons = BUTTONS.map(([order, text, , question]) => el("button", { type: "button", onclick: () => this.#order(order, question) }, text));
   #said = el("p", { class: "hint", role: "status" });
   #guards = el("tbody");
   #table = tableOf("What the guards say", ["Guard", "Result", "Evidence"], this.#guards);
@@ -39,7 +39,7 @@ class Rollouts {
     {},
     this.#head,
     this.#facts,
-    el("div", { class: "buttons" }, this.#orders),
+    el("div", { class: "buttons" }, this.#buttons),
     el("div", { class: "wide" }, this.#table),
     el("h3", {}, "What happened"),
     this.#lines,
@@ -54,9 +54,8 @@ class Rollouts {
     el("div", { class: "editor" }, this.#starter.node, el("div", { class: "wide" }, this.#history)),
   );
 
-  constructor(look, askKey) {
-    this.#look = look;
-    this.#askKey = askKey;
+  constructor(page) {
+    this.#orders = new Orders(page, this.#said);
   }
 
   update(view) {
@@ -86,8 +85,8 @@ class Rollouts {
     ];
     const make = ([name]) => el("div", {}, el("dt", {}, name), el("dd"));
     keyed(this.#facts, facts, ([name]) => name, make, (node, [, value]) => setText(node.children[1], value));
-    ORDERS.forEach(([, , means], index) => {
-      this.#orders[index].disabled = !means(rollout);
+    BUTTONS.forEach(([, , means], index) => {
+      this.#buttons[index].disabled = !means(rollout);
     });
     const findings = verdict?.findings ?? [];
     show(this.#table, findings.length > 0);
@@ -104,23 +103,13 @@ class Rollouts {
 
   async #order(order, question) {
     if (question && !confirm(question(this.#shown))) return;
-    await this.#ask(`admin/rollouts/${this.#shown.id}/${order}`, { by: "dashboard" }, (r) => `${r.id} is ${r.phase.replaceAll("_", " ")}.`);
+    const told = (rollout) => `${rollout.id} is ${rollout.phase.replaceAll("_", " ")}.`;
+    await this.#orders.send("POST", `admin/rollouts/${this.#shown.id}/${order}`, { by: "dashboard" }, told);
   }
 
   async #start(body) {
     const told = (answer) => (body.dry_run ? answer.needs.sentence : `${answer.id} has begun: ${answer.sentence}`);
-    await this.#ask("admin/rollouts", { ...body, by: "dashboard" }, told);
-  }
-
-  async #ask(path, body, told) {
-    try {
-      setText(this.#said, told(await sendJson("POST", path, body)));
-      this.#look();
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      setText(this.#said, `Not done: ${error.message}`);
-      if (error.status === 401) this.#askKey(error.message);
-    }
+    await this.#orders.send("POST", "admin/rollouts", { ...body, by: "dashboard" }, told);
   }
 }
 
@@ -154,9 +143,9 @@ class Starter {
   }
 
   update({ variants, snapshot }, running) {
-    const able = variants.filter((v) => v.state === "ready" && v.name !== snapshot.traffic.stable);
+    const able = variants.filter((v) => v.state === "ready" && v.name !== snapshot.traffic?.stable);
     keyed(this.#canary, able, (v) => v.name, (v) => el("option", { value: v.name }, v.name), () => {});
-    this.#begin.disabled = running || able.length === 0;
+    this.#begin.disabled = running || able.length === 0 || snapshot.traffic === null;
     this.#preview.disabled = able.length === 0;
     setAttribute(this.#begin, "title", running ? "One at a time: the one that runs must end first" : null);
   }

@@ -1,18 +1,18 @@
 // Who serves what share, as configured and as it came, and the sliders that change it.
 
-import { sendJson, ServerError } from "../client.js";
 import { el, keyed, setAttribute, setText, setVars, show } from "../dom.js";
 import { bytes, count, number, percent, span } from "../format.js";
 import { sum } from "../history.js";
+import { Orders } from "../orders.js";
 import { markOf, seriesClass } from "../palette.js";
 import { rebalanced, rounded } from "../weights.js";
 import { panel } from "./panel.js";
 
-export function trafficPanel({ look, askKey }) {
+export function trafficPanel(page) {
   const bars = el("div", { class: "shares" });
   const note = el("p", { class: "hint" });
   const totals = el("dl", { class: "facts totals" });
-  const editor = new Editor(look, askKey);
+  const editor = new Editor(page);
 
   function update(view) {
     const rows = rowsOf(view);
@@ -23,7 +23,7 @@ export function trafficPanel({ look, askKey }) {
     editor.update(view);
   }
 
-  const described = { id: "traffic", title: "Traffic", update };
+  const described = { id: "traffic", title: "Traffic", source: "traffic", update };
   return panel(described, el("div", { class: "split" }, el("div", {}, bars, note, totals), editor.node));
 }
 
@@ -105,8 +105,7 @@ function codes(byCode) {
 
 /** Sliders whose sum stays 100. What a person has begun to change is not overwritten by what the server says. */
 class Editor {
-  #look;
-  #askKey;
+  #orders;
   #edited = null;
   #server = {};
   #fallback = "";
@@ -120,15 +119,14 @@ class Editor {
   #locked = el("div", { class: "locked" }, this.#lockedWhy, this.#unlock);
   node = el("div", { class: "editor" }, el("h3", {}, "Change the split"), this.#form, this.#said, this.#locked);
 
-  constructor(look, askKey) {
-    this.#look = look;
-    this.#askKey = askKey;
+  constructor(page) {
+    this.#orders = new Orders(page, this.#said);
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
       void this.#send();
     });
     this.#reset.addEventListener("click", () => this.#edit(null));
-    this.#unlock.addEventListener("click", () => this.#askKey("Changing the split takes the admin key."));
+    this.#unlock.addEventListener("click", () => page.askKey("Changing the split takes the admin key."));
   }
 
   update(view) {
@@ -143,7 +141,7 @@ class Editor {
   }
 
   #explain(refusal) {
-    setText(this.#lockedWhy, refusal?.message ?? "The admin routes are closed.");
+    setText(this.#lockedWhy, refusal?.message ?? "The server has not told its split yet.");
     show(this.#unlock, refusal?.status === 401);
   }
 
@@ -166,11 +164,11 @@ class Editor {
     setText(output, `${rounded(weight)} %`);
   }
 
-  #edit(weights) {
+  #edit(weights, said = weights ? "Not applied yet." : "") {
     this.#edited = weights;
     for (const node of this.#sliders.children) this.#fill(node, { name: node.dataset.key });
     this.#buttons();
-    setText(this.#said, weights ? "Not applied yet." : "");
+    setText(this.#said, said);
   }
 
   #buttons() {
@@ -180,17 +178,11 @@ class Editor {
 
   async #send() {
     if (!this.#edited) return;
-    try {
-      const split = await sendJson("PUT", "admin/traffic", { weights: this.#edited });
-      this.#server = split.weights;
-      this.#edit(null);
-      const shares = Object.entries(split.weights).map(([name, weight]) => `${name} ${rounded(weight)} %`);
-      setText(this.#said, `In force: ${shares.join(", ")}.`);
-      this.#look();
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      setText(this.#said, `Not changed: ${error.message}`);
-      if (error.status === 401) this.#askKey(error.message);
-    }
+    const shares = (weights) => Object.entries(weights).map(([name, weight]) => `${name} ${rounded(weight)} %`);
+    const told = ({ weights }) => `In force: ${shares(weights).join(", ")}.`;
+    const split = await this.#orders.send("PUT", "admin/traffic", { weights: this.#edited }, told, "Not changed");
+    if (!split) return;
+    this.#server = split.weights;
+    this.#edit(null, this.#said.textContent);
   }
 }

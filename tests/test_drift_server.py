@@ -1,0 +1,299 @@
+"""Drift and shadow traffic on a real local Ray cluster: true numbers, a damaged variant seen, and users come first.
+
+One server for all tests of this file, which follow one another; each deals the traffic that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from serve.compression.artifact import default_root
+from serve.compression.checkpoints import find_source
+from serve.compression.recipe import Recipe
+from serve.loading import load
+from serve.quality import Divergence, LogitSource, TokenScores, model_logits, score_rows
+from tests.engine.conftest import Desk
+from tests.engine.test_witness import Seen, watch
+from tests.running import ROOT, Halftone
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+RECIPES = {"bf16": "bf16", "int8": "int8", "nf4": "nf4", "gptq4": "gptq4", "damaged": "int8"}
+NARROW = "engine: {max_num_seqs: 8, max_queue: 16, max_num_batched_tokens: 128}"
+CONFIG = f"""
+model: {{name: storyteller, source: "builtin:storyteller"}}
+variants:
+  - {{name: bf16, recipe: bf16, {NARROW}}}
+  - {{name: int8, recipe: int8, {NARROW}}}
+  - {{name: nf4, recipe: nf4, {NARROW}}}
+  - {{name: gptq4, recipe: gptq4, {NARROW}}}
+  - {{name: damaged, recipe: int8, source: DAMAGED, {NARROW}}}
+traffic: {{stable: bf16, weights: {{bf16: 0, int8: 25, nf4: 25, gptq4: 25, damaged: 25}}}}
+drift: {{reference: bf16, sample_rate: 1.0}}
+"""
+NOISE_NATS = 0.0005
+STORIES = [
+    json.loads(line)["text"].split() for line in (ROOT / "serve/storyteller/calibration.jsonl").read_text().splitlines()
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    variant: str
+    ids: tuple[int, ...]
+    """Prompt and answer."""
+    prompt_tokens: int
+
+
+@dataclass
+class Users:
+    """They ask again and again, each as soon as its last answer has come, until they have asked `requests` together.
+
+    first: the number of the first request, which says what it asks.
+    """
+
+    url: str
+    users: int = 6
+    requests: int = 10**9
+    first: int = 0
+    tokens: int = 24
+    seen: list[Answer] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _asked: int = 0
+
+    def __enter__(self) -> Users:
+        self._client = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=self.users))
+        self._threads = [threading.Thread(target=self._ask) for _ in range(self.users)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.requests == Users.requests:
+            self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._client.close()
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(answer.status for answer in self.seen)
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                number, self._asked = self._asked, self._asked + 1
+            if number >= self.requests:
+                return
+            body = self._body(self.first + number)
+            self.seen.append(_answer(self._client.post(f"{self.url}/v1/completions", json=body)))
+
+    def _body(self, number: int) -> dict[str, Any]:
+        """Long and short, drawn at several temperatures or not at all, each by a user of its own."""
+        return {
+            "model": "storyteller",
+            "prompt": " ".join(STORIES[number % len(STORIES)][: 4 + number % 37]),
+            "max_tokens": self.tokens * (1 + number % 3),
+            "temperature": (0.0, 0.7, 1.0)[number % 3],
+            "seed": number,
+            "user": f"user {number}",
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+
+
+def _answer(response: httpx.Response) -> Answer:
+    variant = response.headers.get("x-halftone-variant", "")
+    if response.status_code != 200:
+        assert response.status_code != 429 or int(response.headers["retry-after"]) >= 1
+        return Answer(response.status_code, variant, (), 0)
+    (choice,) = response.json()["choices"]
+    prompt = choice["prompt_token_ids"]
+    return Answer(200, variant, (*prompt, *choice["token_ids"]), len(prompt))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, one layer's weights 1.3 times as large: its int8 has the same codes, and scales x 1.3."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("damaged") / "checkpoint"
+    shutil.copytree(find_source("builtin:storyteller"), folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    hit = [name for name in weights if ".layers.3." in name and "proj" in name]
+    assert len(hit) == 7
+    save_file({**weights, **{name: weights[name] * 1.3 for name in hit}}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(damaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Halftone]:
+    config = tmp_path_factory.mktemp("server") / "config.yaml"
+    config.write_text(CONFIG.replace("DAMAGED", str(damaged)))
+    with Halftone(str(config)) as running:
+        yield running
+
+
+def samples(server: Halftone, **labels: str) -> float:
+    return server.metric("drift_samples_total", **labels)
+
+
+def deal(server: Halftone, shadow: Mapping[str, float] | None = None, **weights: float) -> None:
+    """From the next request on: every ingress asks for the split at once when it has changed it."""
+    body = {"weights": {**dict.fromkeys(RECIPES, 0), **weights}, "shadow": dict(shadow or {})}
+    httpx.put(f"{server.url}/admin/traffic", json=body).raise_for_status()
+
+
+@dataclass(frozen=True)
+class Live:
+    """What /metrics says of one variant's drift."""
+
+    kl_nats: float
+    agreement: float
+    ln_perplexity_ratio: float
+    guard_nats: float
+    tokens: float
+
+    @classmethod
+    def of(cls, server: Halftone, variant: str) -> Live:
+        def metric(name: str) -> float:
+            return server.metric(f"drift_{name}", variant=variant)
+
+        tokens, fair = metric("tokens_total"), metric("nll_tokens_total")
+        nats = metric("nll_variant_nats_total") - metric("nll_reference_nats_total")
+        return cls(
+            kl_nats=metric("kl_divergence_nats_sum") / tokens,
+            agreement=metric("top1_agreements_total") / tokens,
+            ln_perplexity_ratio=nats / fair,
+            guard_nats=metric("kl_divergence_guard_nats"),
+            tokens=tokens,
+        )
+
+
+def evaluated(served: list[Answer], reference: LogitSource, variant: LogitSource) -> tuple[Divergence, Divergence]:
+    """Both models over what was served, as `halftone evaluate` compares them: over the answers, over the prompts."""
+    parts, answered = [], []
+    for number, answer in enumerate(served):
+        ids, known = answer.ids, len(answer.ids) - 1
+        parts.append(score_rows(reference(ids)[:known], variant(ids)[:known], torch.tensor(ids[1:]), number))
+        answered.append(torch.arange(1, len(ids)) >= answer.prompt_tokens)
+    scores, answer_tokens = TokenScores.join(parts), torch.cat(answered)
+    return Divergence.of(scores.select(answer_tokens)), Divergence.of(scores.select(~answer_tokens))
+
+
+@dataclass
+class Models:
+    """The variants in this process, loaded when asked for."""
+
+    damaged: Path
+    desks: list[Desk] = field(default_factory=list)
+
+    def both(self, variant: str) -> tuple[LogitSource, LogitSource]:
+        """As `halftone evaluate` runs it, and by the steps that serve it."""
+        source = str(self.damaged) if variant == "damaged" else "builtin:storyteller"
+        recipe = Recipe.parse(RECIPES[variant])
+        plain, served = (load(source, recipe, artifacts=default_root()) for _ in range(2))
+        desk = Desk(served.model, served.tokenizer)
+        self.desks.append(desk)
+
+        def by_the_engine(ids: Sequence[int]) -> Tensor:
+            seen = Seen("prompt_logits")
+            desk.wait(watch(desk, f"{id(seen)}", list(ids), seen, max_tokens=0))
+            return seen.all()
+
+        return model_logits(plain.model), by_the_engine
+
+
+@pytest.fixture
+def models(damaged: Path) -> Iterator[Models]:
+    made = Models(damaged)
+    yield made
+    for desk in made.desks:
+        desk.engine.close()
+
+
+def test_live_drift_is_what_evaluating_the_served_text_gives_and_shows_a_damaged_variant(
+    server: Halftone, models: Models
+) -> None:
+    seen: list[Answer] = []
+    for sent in (30, 60, 90, 120):
+        # So few at a time that each finds room to be scored, however slow the machine is.
+        with Users(server.url, requests=30, first=len(seen)) as users:
+            pass
+        seen += users.seen
+        server.wait_until(lambda expected=sent: samples(server) == expected)
+    assert {answer.status for answer in seen} == {200}
+    assert samples(server, result="scored") == 120
+    live = {name: Live.of(server, name) for name in RECIPES if name != "bf16"}
+
+    plain, engine = models.both("bf16")
+    for name, drift in live.items():
+        served = [answer for answer in seen if answer.variant == name]
+        assert len(served) <= 100
+        assert drift.tokens == sum(len(answer.ids) - answer.prompt_tokens for answer in served)
+        its_plain, its_engine = models.both(name)
+        for reference, variant, within in ((plain, its_plain, 0.1), (engine, its_engine, 0.02)):
+            answers, prompts = evaluated(served, reference, variant)
+            # The plain step rounds between its layers to 16 bits, which alone makes NOISE_NATS; compiled ones do not.
+            assert drift.kl_nats == pytest.approx(answers.kl_divergence.mean, rel=within, abs=NOISE_NATS), name
+            assert drift.agreement == pytest.approx(answers.top1_agreement, abs=0.02), name
+            assert drift.ln_perplexity_ratio == pytest.approx(prompts.mean_ln_ratio, rel=0.1, abs=0.01), name
+
+    assert live["int8"].kl_nats < live["gptq4"].kl_nats <= live["nf4"].kl_nats
+    for name in ("int8", "gptq4", "nf4"):
+        assert live[name].kl_nats < live[name].guard_nats
+    # int8 with one layer's scales x 1.3.
+    assert live["damaged"].guard_nats == live["int8"].guard_nats
+    assert live["damaged"].kl_nats > 3 * live["damaged"].guard_nats
+    assert live["damaged"].kl_nats > 10 * live["int8"].kl_nats
+
+
+def test_a_killed_reference_costs_users_nothing_and_drift_says_no_data_until_it_is_back(server: Halftone) -> None:
+    deal(server, int8=40, nf4=30, gptq4=30)
+    missing, scored = samples(server, result="no_data"), samples(server, result="scored")
+    with Users(server.url, users=4, tokens=8) as users:
+        server.wait_until(lambda: samples(server, result="scored") > scored + 10)
+        server.worker("variant-bf16").kill()
+        server.wait_until(lambda: samples(server, result="no_data") > missing + 10)
+        server.wait_until(lambda: server.metric("replicas", variant="bf16", state="ready") == 1, 90)
+        scored = samples(server, result="scored")
+        server.wait_until(lambda: samples(server, result="scored") > scored + 10)
+    assert set(users.statuses) == {200}
+
+
+def test_a_saturated_server_sheds_shadows_and_drift_first_and_counts_them(server: Halftone) -> None:
+    deal(server, {"nf4": 1.0}, int8=100)
+    server.wait_until(lambda: not server.metric("num_requests_running"))
+    drawn = samples(server, variant="int8")
+    with Users(server.url, users=2, requests=20, tokens=8):
+        pass
+    server.wait_until(lambda: server.metric("shadow_requests_total", result="compared") >= 10)
+    assert server.metric("shadow_requests_total", result="shed") == 0
+    shed = samples(server, variant="int8", result="shed")
+
+    with Users(server.url, users=14, tokens=8) as waiting:  # 8 run, 6 wait: none is refused
+        server.wait_until(lambda: server.metric("num_requests_waiting", variant="int8") > 0)
+        server.wait_until(lambda: server.metric("shadow_requests_total", result="shed") > 20)
+        server.wait_until(lambda: samples(server, variant="int8", result="shed") > shed + 20)
+    assert set(waiting.statuses) == {200}
+    with Users(server.url, users=64, requests=96) as refused:
+        pass
+    assert set(refused.statuses) == {200, 429}
+    sent = 20 + len(waiting.seen) + len(refused.seen)
+    server.wait_until(lambda: server.metric("shadow_requests_total", variant="nf4") == sent)
+    server.wait_until(lambda: samples(server, variant="int8") == drawn + sent)
