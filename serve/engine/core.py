@@ -185,11 +185,11 @@ class EngineCore:
     def _record(self, plan: Plan, inputs: StepInputs, outputs: StepOutputs) -> list[Event]:
         logits = outputs.logits
         self._scheduler.record(plan)
-        broken = _broken(inputs, logits)
+        broken = _broken(inputs, outputs)
         events = self._fail(broken, _NOT_FINITE)
         show(inputs, outputs)
         self._record_scores(inputs, logits[len(inputs.sampling) :], broken)
-        self._record_tokens(inputs, logits[: len(inputs.sampling)], broken)
+        self._record_tokens(inputs, outputs, broken)
         self._end_unsampled(plan, broken)
         events.extend(self._collect(_request_ids(plan.chunks)))
         return events
@@ -204,14 +204,15 @@ class EngineCore:
                 count = sequence.params.prompt_logprobs or 0
                 self._answers[sequence.request_id].score(row_logprobs(rows, targets, [count] * len(targets)))
 
-    def _record_tokens(self, inputs: StepInputs, logits: Tensor, broken: set[str]) -> None:
+    def _record_tokens(self, inputs: StepInputs, outputs: StepOutputs, broken: set[str]) -> None:
         sequences = [chunk.sequence for chunk in inputs.sampling]
         if not sequences:
             return
+        logits, best = outputs.logits[: len(sequences)], outputs.best
         for sequence in sequences:
             if sequence.request_id not in broken:
                 self._scheduler.register(sequence)
-        tokens = choose(logits, sequences, sorted(self._end_ids))
+        tokens = choose(logits, sequences, sorted(self._end_ids), None if best is None else best[: len(sequences)])
         logprobs = _output_logprobs(logits, sequences, tokens)
         now_s = time.perf_counter()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
@@ -267,9 +268,10 @@ def _request_ids(chunks: Iterable[Chunk]) -> list[str]:
     return list(dict.fromkeys(chunk.sequence.request_id for chunk in chunks))
 
 
-def _broken(inputs: StepInputs, logits: Tensor) -> set[str]:
+def _broken(inputs: StepInputs, outputs: StepOutputs) -> set[str]:
     """Requests whose logits are not finite."""
-    finite = logits.amax(-1).isfinite().tolist()
+    best = outputs.best
+    finite = (outputs.logits.amax(-1).isfinite() if best is None else best >= 0).tolist()
     if all(finite):
         return set()
     owners = [chunk.sequence.request_id for chunk in inputs.sampling]

@@ -57,14 +57,14 @@ class NativeRunner:
     def run(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
         """What is needed of the step's rows. Their keys and values are in the cache afterwards."""
         spans = [
-            Span(group.start + index * group.num_queries, group.num_queries, first, group.block_tables[index])
+            Span(group.start + index * group.num_queries, group.num_queries, first, group.block_tables, index)
             for group in inputs.groups
             for index, first in enumerate(group.first_positions)
         ]
-        logits, hidden = self._decoder.step(
+        logits, best, hidden = self._decoder.step(
             inputs.token_ids[0], inputs.positions[0], spans, inputs.logit_rows, inputs.hidden_rows
         )
-        return StepOutputs(logits, hidden.bfloat16() if inputs.keeping else None)  # the head reads them in bf16
+        return StepOutputs(logits, hidden.bfloat16() if inputs.keeping else None, best)  # the head reads them in bf16
 
 
 def accelerate(

@@ -35,10 +35,13 @@ class RowLogprobs:
     top_logprobs: tuple[float, ...]
 
 
-def choose(logits: Tensor, sequences: SequenceOf[Sequence], end_ids: SequenceOf[int]) -> list[int]:
-    """One token per row. logits: [R, vocab] in fp32, one row for each sequence; left as they are."""
+def choose(
+    logits: Tensor, sequences: SequenceOf[Sequence], end_ids: SequenceOf[int], best: Tensor | None = None
+) -> list[int]:
+    """One token per row. logits: [R, vocab] in fp32, one row for each sequence; left as they are. best: their argmax,
+    where it is known."""
     processed = process(logits, sequences, end_ids)
-    tokens = processed.argmax(-1)
+    tokens = best.clamp(min=0) if best is not None and processed is logits else processed.argmax(-1)
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if rows:
         everyone = len(rows) == len(sequences)

@@ -25,6 +25,7 @@ _VECTORS = (
     "avx512_vnni",
     "avx512_vbmi2",
     "popcnt",
+    "bmi2",
     "fma",
 )
 _TILES = ("amx_tile", "amx_int8", "amx_bf16")

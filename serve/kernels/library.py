@@ -82,7 +82,7 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("num_rows", "num_spans", "num_logits")),
-        *((n, c_void_p) for n in ("token_ids", "positions", "logit_rows", "spans", "row_spans", "logits")),
+        *((n, c_void_p) for n in ("token_ids", "positions", "logit_rows", "spans", "logits", "best")),
         ("num_hidden", c_int64),
         *((n, c_void_p) for n in ("hidden_rows", "hidden")),
     )
@@ -92,9 +92,9 @@ _SIGNATURES = {
     "ht_supported": ([], c_int),
     "ht_team": ([c_int], c_void_p),
     "ht_packed_bytes": ([POINTER(Linear)], c_int64),
-    "ht_pack": ([POINTER(Linear), c_void_p, c_void_p], None),
+    "ht_pack": ([c_void_p, POINTER(Linear), c_void_p, c_void_p], None),
     "ht_unpack": ([POINTER(Linear), c_void_p], None),
-    "ht_pack_codes": ([POINTER(Linear), c_void_p, c_int, c_void_p], None),
+    "ht_pack_codes": ([c_void_p, POINTER(Linear), c_void_p, c_int, c_int, c_void_p], None),
     "ht_linear": ([c_void_p, POINTER(Linear), c_void_p, c_int64, c_void_p], None),
     "ht_decoder": ([c_void_p, POINTER(Model)], c_void_p),
     "ht_decoder_free": ([c_void_p], None),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import byref
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from torch import Tensor
 from serve.kernels.library import Linear, address, library, team
 from serve.kernels.memory import allocate
 
-__all__ = ["PackedLinear"]
+__all__ = ["CodeOrder", "PackedLinear"]
+
+CodeOrder = Literal["bytes", "pairs", "blocks"]
+_ORDERS = ("bytes", "pairs", "blocks")  # as csrc/packing.h counts them
 
 _PANEL = 32
 _BF16, _INT8, _CODE4, _SPARSE = range(4)
@@ -60,19 +64,27 @@ class PackedLinear:
         levels: Tensor,
         group_size: int,
         bias: Tensor | None = None,
+        *,
+        inputs: int | None = None,
+        order: CodeOrder = "bytes",
     ) -> PackedLinear:
         """`weight[o, i] = scales[o, g] * (levels[codes[o, i]] - zeros[o, g])`, g = i // group_size.
 
-        codes: uint8 `[outputs, inputs]`; scales, zeros: bf16 or float32 `[outputs, groups]`; levels: 16 values that
-        bf16 holds. Raises ValueError for a group size that is no multiple of 32.
+        codes: uint8, in one of three orders: "bytes", `[outputs, inputs]`; "pairs", two a byte, row after row, the
+        first in the high half (bitsandbytes); "blocks", `[blocks, inputs, 32]`, 64 rows a block with rows d and d + 32
+        in a byte. inputs: where the codes' shape does not say. scales, zeros: bf16 or float32 `[outputs, groups]`;
+        levels: 16 values that bf16 holds. Raises ValueError for a group size that is no multiple of 32.
         """
         if group_size % 32:
             raise ValueError(f"groups of {group_size} do not fill whole tiles of 32 inputs")
         half = scales.dtype == torch.bfloat16
-        spec = Linear(format=_CODE4, outputs=codes.shape[0], inputs=codes.shape[1], group=group_size, half_scales=half)
+        inputs = inputs or codes.shape[1]
+        spec = Linear(format=_CODE4, outputs=len(scales), inputs=inputs, group=group_size, half_scales=half)
         nearest_zero = int(levels.float().abs().argmin()) if zeros is None else 0
         packed = allocate(library().ht_packed_bytes(byref(spec)))
-        library().ht_pack_codes(byref(spec), address(codes.contiguous(), torch.uint8), nearest_zero, address(packed))
+        codes = codes.contiguous()
+        source = address(codes, torch.uint8), _ORDERS.index(order)
+        library().ht_pack_codes(_team(), byref(spec), *source, nearest_zero, address(packed))
         tensors = {"weight": packed, "scale": _by_panel(scales), "table": levels.to(torch.bfloat16).contiguous()}
         if zeros is not None:
             tensors["offset"] = _by_panel(zeros.to(scales.dtype))
@@ -99,8 +111,7 @@ class PackedLinear:
         y = x.new_empty(x.shape[0], self.spec.outputs)
         if len(x):
             x = x.contiguous()
-            threads = team(torch.get_num_threads())
-            library().ht_linear(threads, byref(self.spec), address(x, torch.bfloat16), len(x), address(y))
+            library().ht_linear(_team(), byref(self.spec), address(x, torch.bfloat16), len(x), address(y))
         return y
 
     def unpacked(self) -> Tensor:
@@ -119,8 +130,13 @@ class PackedLinear:
 
 def _pack(spec: Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
     packed = allocate(library().ht_packed_bytes(byref(spec)))
-    library().ht_pack(byref(spec), address(weight.contiguous(), dtype), address(packed))
+    weight = weight.contiguous()
+    library().ht_pack(_team(), byref(spec), address(weight, dtype), address(packed))
     return packed
+
+
+def _team() -> int:
+    return team(torch.get_num_threads())
 
 
 def _lines(rows: Tensor) -> Tensor:

@@ -115,11 +115,13 @@ class GroupedLinear(CompressedLinear):
             self.zero_points = self.zero_points.new_empty(0)
 
     def _prepare_tiles(self) -> None:
-        weight, symmetric = self.to_weight(), self.grid.symmetric
+        symmetric = self.grid.symmetric
         levels = torch.arange(self.grid.levels) - (self.grid.middle if symmetric else 0)
         zeros = None if symmetric else self.zero_points.t().to(torch.bfloat16)
         scales = self.scales.t().to(torch.bfloat16)
-        self.packed = PackedLinear.code4(weight.codes, scales, zeros, levels, self._columns, self.bias)
+        self.packed = PackedLinear.code4(
+            self.codes, scales, zeros, levels, self._columns, self.bias, inputs=self.in_features, order="blocks"
+        )
         for name in ("codes", "scales", "zero_points"):
             if name in self._buffers:
                 setattr(self, name, getattr(self, name).new_empty(0))

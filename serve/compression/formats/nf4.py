@@ -113,7 +113,9 @@ class Nf4Linear(CompressedLinear):
     def _tiles(self) -> PackedLinear:
         assert self._code is not None
         scales = self._decoded_absmax().view(self.out_features, -1).to(torch.bfloat16)
-        return PackedLinear.code4(self._codes().view(self._shape), scales, None, self._code, self.block_size, self.bias)
+        return PackedLinear.code4(
+            self.weight, scales, None, self._code, self.block_size, self.bias, inputs=self.in_features, order="pairs"
+        )
 
     def _codes(self) -> Tensor:
         """One level's index a byte, `[out * in]`."""

@@ -40,8 +40,8 @@ struct Step {
   int64_t num_rows, num_spans, num_logits;
   const int64_t *token_ids, *positions, *logit_rows;
   const Span* spans;
-  const int64_t* row_spans;  // which span a row belongs to
-  float* logits;             // [num_logits][vocabulary]
+  float* logits;  // [num_logits][vocabulary]
+  int64_t* best;  // [num_logits], the first of each row's highest logits; -1 where that is not finite
   int64_t num_hidden;
   const int64_t* hidden_rows;
   float* hidden;  // [num_hidden][hidden], after the final norm
@@ -55,6 +55,9 @@ class Decoder {
 
   void run(const Step& step) {
     reserve(step.num_rows, step.num_logits);
+    grow(row_spans_, step.num_rows);
+    for (int64_t s = 0; s < step.num_spans; ++s)
+      std::fill_n(row_spans_.begin() + step.spans[s].first_row, step.spans[s].num_rows, step.spans + s);
     team_.run([&](int thread) { decode(*threads_[thread], step); });
   }
 
@@ -123,6 +126,9 @@ class Decoder {
     team_.barrier();
     if (step.num_logits == 0) return t.product.release();
     head(t, last_.data(), step.num_logits, m_.final_norm, step.logits);
+    team_.deal(t.turn++, step.num_logits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) step.best[r] = highest(step.logits + r * m_.head.outputs, m_.head.outputs);
+    });
   }
 
   void head(Thread& t, const float* x, int64_t rows, const float* norm, float* logits) {
@@ -270,7 +276,7 @@ class Decoder {
   void rotate_row(const Layer& l, const Step& step, int64_t r) {
     const int64_t group = m_.heads / m_.kv_heads, dim = m_.head_dim;
     float* row = qkv_.data() + r * qkv_width();
-    const Span& span = step.spans[step.row_spans[r]];
+    const Span& span = *row_spans_[r];
     const Cache cache = cache_of(l);
     alignas(64) bf16 key[kLargestHead] = {}, value[kLargestHead] = {};
     for (int64_t h = 0; h < m_.kv_heads; ++h) {
@@ -340,6 +346,7 @@ class Decoder {
   std::vector<std::unique_ptr<Thread>> threads_;
   Activations shared_;
   std::vector<float> x_, qkv_, mixed_, inner_, last_;
+  std::vector<const Span*> row_spans_;  // [rows], the span that a row belongs to
   std::vector<bf16> roped_;  // [kv_heads][rows][heads of a group][padded head_dim], zeros past head_dim
   int64_t roped_rows_ = 0;
 };

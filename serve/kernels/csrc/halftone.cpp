@@ -1,20 +1,19 @@
 // The C surface that serve/kernels/library.py loads. Plain pointers, no Python, no torch: it builds in seconds.
 #include "decoder.h"
+#include "packing.h"
 
 using namespace halftone;
 
 namespace {
 
-void pack_words(const uint8_t* w, int64_t outputs, int64_t row_bytes, int64_t steps, uint8_t* out) {
-  // A column's 4-byte words (2 bf16, 4 int8) go to [word][32 columns]; what is past the matrix stays zero.
-  const int64_t words = steps * 16;
-  for (int64_t column = 0; column < outputs; ++column) {
-    uint8_t* panel = out + column / kPanel * steps * kPanelStep + column % kPanel * 4;
-    for (int64_t word = 0; word < words; ++word) {
-      const int64_t begin = word * 4, count = std::min<int64_t>(4, row_bytes - begin);
-      if (count > 0) std::memcpy(panel + word * kPanel * 4, w + column * row_bytes + begin, count);
-    }
-  }
+template <typename Body>
+void by_panel(void* team_pointer, const Linear& w, Body&& body) {
+  Team& team = *static_cast<Team*>(team_pointer);
+  team.run([&](int) {
+    team.deal(0, w.panels(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) body(panel);
+    });
+  });
 }
 
 }  // namespace
@@ -30,8 +29,8 @@ void ht_team_free(void* team) { delete static_cast<Team*>(team); }
 int64_t ht_packed_bytes(const Linear* w) { return w->panels() * w->panel_bytes(); }
 
 // weight: [N, K] of bf16 or int8; out: ht_packed_bytes zeroed bytes.
-void ht_pack(const Linear* w, const uint8_t* weight, uint8_t* out) {
-  pack_words(weight, w->outputs, w->format == Format::kInt8 ? w->inputs : w->inputs * 2, w->steps(), out);
+void ht_pack(void* team, const Linear* w, const uint8_t* weight, uint8_t* out) {
+  by_panel(team, *w, [&](int64_t panel) { pack_words(*w, weight, panel, out + panel * w->panel_bytes()); });
 }
 
 // The inverse of ht_pack, into [N, K].
@@ -43,16 +42,11 @@ void ht_unpack(const Linear* w, uint8_t* weight) {
   }
 }
 
-// codes: [N, K], one 4-bit code a byte; `fill` is the code whose value pads K.
-void ht_pack_codes(const Linear* w, const uint8_t* codes, int fill, uint8_t* out) {
-  for (int64_t column = 0; column < w->panels() * kPanel; ++column)
-    for (int64_t k = 0; k < w->steps() * 32; ++k) {
-      const int code = column < w->outputs && k < w->inputs ? codes[column * w->inputs + k] & 15 : fill;
-      const int64_t pair = k % 32 / 2, tile = column % kPanel / 16;
-      const int64_t word = ((k / 32 * 2 + tile) * 4 + pair / 4) * 32 + column % 16 * 2 + k % 2;
-      uint8_t* at = out + column / kPanel * w->panel_bytes() + word * 2 + pair % 4 / 2;
-      *at = static_cast<uint8_t>(*at | code << (pair % 2 * 4));
-    }
+// 4-bit codes in one of the orders of packing.h; `fill` is the code whose value pads K.
+void ht_pack_codes(void* team, const Linear* w, const uint8_t* codes, int order, int fill, uint8_t* out) {
+  by_panel(team, *w, [&](int64_t panel) {
+    pack_codes(*w, codes, static_cast<Order>(order), fill, panel, out + panel * w->panel_bytes());
+  });
 }
 
 // x: [rows, K] bf16; y: [rows, N] bf16.

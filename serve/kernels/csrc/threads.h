@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -30,8 +31,9 @@ class Team {
 
   int size() const { return size_; }
 
-  // Runs body(thread) on every thread, the caller being thread 0; returns when all are done.
+  // Runs body(thread) on every thread, the caller being thread 0; returns when all are done. One caller at a time.
   void run(const std::function<void(int)>& body) {
+    const std::lock_guard<std::mutex> turn(running_);
     body_ = &body;
     for (Stretch& stretch : stretches_)
       for (auto& taken : stretch.taken) taken = 0;
@@ -103,6 +105,7 @@ class Team {
   }
 
   const int size_;
+  std::mutex running_;
   std::vector<std::thread> workers_;
   const std::function<void(int)>* body_ = nullptr;
   std::atomic<uint32_t> generation_{0};

@@ -2,9 +2,12 @@
 #pragma once
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 
 namespace halftone {
 
@@ -48,6 +51,27 @@ inline __m512 exp(__m512 x) {
 inline __m512 silu(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
   return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// Where the first of the highest values is; -1 if that value is not finite or any is NaN.
+inline int64_t highest(const float* x, int64_t count) {
+  constexpr int64_t kBlock = 1024;
+  const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  float most = -std::numeric_limits<float>::infinity();
+  int64_t at = 0;
+  __mmask16 odd = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    __m512 peak = least;
+    for (int64_t i = begin; i < std::min(count, begin + kBlock); i += 16) {
+      const __m512 v = _mm512_mask_loadu_ps(least, first(count - i), x + i);
+      odd |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      peak = _mm512_max_ps(peak, v);
+    }
+    if (const float found = _mm512_reduce_max_ps(peak); found > most) most = found, at = begin;
+  }
+  if (odd || !std::isfinite(most)) return -1;
+  while (x[at] != most) ++at;
+  return at;
 }
 
 // Rows become columns: 16 x 16 words of 32 bits.
