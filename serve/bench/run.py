@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from serve.bench.result import Bench, BenchSettings
 from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
@@ -36,6 +38,7 @@ def _measure(
     calibration: Calibration | None,
     fresh: bool,
 ) -> Bench:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as a replica has it, before torch comes
     from serve.bench.measure import measure  # torch, in the child only
     from serve.compression.artifact import default_root
 

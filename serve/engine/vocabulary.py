@@ -82,9 +82,9 @@ def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return frozenset()
-    decoder: dict[str, Any] | None = json.loads(backend.to_str()).get("decoder")
-    if decoder is None:
+    if backend.decoder is None:
         return frozenset()
+    decoder: dict[str, Any] = json.loads(backend.decoder.__getstate__())  # all of `to_str` would be megabytes
     return frozenset(part["type"] for part in decoder.get("decoders", [decoder]))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from serve.compression import methods
 from serve.compression.formats import CompressedLinear, LinearSpec
 from serve.compression.formats.int8 import Int8Linear, quantize_tokens
+from serve.compression.formats.nf4 import LEVELS, bitsandbytes_functional
 from serve.compression.method import Group, Projection
 from serve.compression.recipe import Recipe
 from serve.errors import ArtifactError, UnsupportedHardware
@@ -152,3 +153,7 @@ def test_llm_int8_elsewhere_than_cuda_names_int8() -> None:
     assert stage is not None
     with pytest.raises(UnsupportedHardware, match="use int8"):
         methods.quantizer(stage).check(torch.device("cpu"), torch.bfloat16)
+
+
+def test_the_levels_of_nf4_are_those_of_bitsandbytes() -> None:
+    assert torch.tensor(LEVELS).equal(bitsandbytes_functional().get_4bit_type("nf4", device="cpu"))

@@ -158,3 +158,21 @@ def test_hidden_states_that_are_handed_out_make_the_very_logits_that_were_served
     desk.wait("hidden", "logits")
     assert hidden.positions == list(range(70))
     assert torch.equal(head.project(hidden.all()[:69]), logits.all())
+
+
+def test_the_native_choice_is_the_likeliest_token_and_fails_only_those_whose_logits_are_not_finite(
+    desks: Desks,
+) -> None:
+    model = llama(vocab_size=1100)
+    model.model.embed_tokens.weight.data[99] = float("nan")
+    desk = desks(model, max_num_seqs=8)
+    assert desk.engine.path == "native path"
+    good = [
+        desk.submit([token % 99 for token in prompt_of(20 + i, seed=i)], max_tokens=9, ignore_eos=True, logprobs=0)
+        for i in (1, 2)
+    ]
+    bad = desk.submit([1, 99, 2], max_tokens=9, logprobs=0)
+    answers = desk.wait(*good, bad)
+    assert answers[-1].failure is not None
+    for answer in answers[:-1]:
+        assert [entry.rank for delta in answer.deltas[0] for entry in delta.logprobs] == [1] * 9

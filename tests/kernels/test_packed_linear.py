@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from serve.compression.formats.packing import pack
 from serve.kernels import PackedLinear
 
 SHAPES = [(64, 128), (50, 100), (257, 320), (33, 31), (1, 64)]
@@ -76,6 +77,18 @@ def test_groups_of_every_size_scale_their_own_inputs(group: int) -> None:
     packed, weight = code4_case(48, 320, group=group, asymmetric=True, half=True)
     x = activations(5, 320)
     assert relative_error(packed(x), x.double() @ weight.T) < 4e-3
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 128), (50, 96), (257, 320), (31, 32), (96, 40)])
+def test_codes_pack_alike_from_every_order_they_are_stored_in(outputs: int, inputs: int) -> None:
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    scales, levels = torch.rand(outputs, -(-inputs // 32)) + 0.5, torch.arange(16.0) - 8
+    x = activations(3, inputs)
+    expected = PackedLinear.code4(codes, scales, None, levels, 32)(x)
+    pairs = (codes.view(-1, 2)[:, 0] << 4) | codes.view(-1, 2)[:, 1]
+    assert torch.equal(PackedLinear.code4(pairs, scales, None, levels, 32, inputs=inputs, order="pairs")(x), expected)
+    blocks = pack(codes, 4)
+    assert torch.equal(PackedLinear.code4(blocks, scales, None, levels, 32, inputs=inputs, order="blocks")(x), expected)
 
 
 def test_a_row_never_depends_on_the_rows_beside_it() -> None:

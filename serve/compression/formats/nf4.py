@@ -24,8 +24,15 @@ from torch.nn import functional as F
 from serve.compression.formats.linear import CompressedLinear, LinearSpec, Storage, tiled_product
 from serve.kernels import PackedLinear
 
-__all__ = ["Nf4Linear", "bitsandbytes_functional", "quantize_blocks"]
+__all__ = ["LEVELS", "Nf4Linear", "bitsandbytes_functional", "quantize_blocks"]
 
+# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero. They are `get_4bit_type("nf4")`, without an
+# import that takes a second.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 _SCALE_BLOCK = 256
 _PACKED_ROWS = 32
 
@@ -97,11 +104,10 @@ class Nf4Linear(CompressedLinear):
         return "nf4 decoded per call"
 
     def _prepare(self) -> None:
-        functional = bitsandbytes_functional()
-        self._code = functional.get_4bit_type("nf4", device=self.weight.device)
+        self._code = torch.tensor(LEVELS, device=self.weight.device)
         if self.packable and self.in_features % self.block_size == 0:
             self.packed = self._tiles()
-        elif self._can_pack(functional):
+        elif self._can_pack(functional := bitsandbytes_functional()):
             packed, state = functional._convert_weight_packed_for_cpu(self.weight[:, None], self._state())
             self._packed, self._packed_scale = packed, state.absmax
         else:
@@ -193,7 +199,7 @@ class Nf4Linear(CompressedLinear):
         return functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size(self._shape),
-            code=functional.get_4bit_type("nf4", device=self.absmax.device),
+            code=torch.tensor(LEVELS, device=self.absmax.device),
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=dtype or self.spec.dtype,
@@ -206,7 +212,6 @@ class Nf4Linear(CompressedLinear):
 
     def dequantize(self) -> Tensor:
         absmax = self._decoded_absmax()
-        code = bitsandbytes_functional().get_4bit_type("nf4", device=self.weight.device)
-        codes = self._codes()
+        code, codes = torch.tensor(LEVELS, device=self.weight.device), self._codes()
         values: Tensor = code[codes.int()] * absmax.repeat_interleave(self.block_size)[: codes.numel()]
         return values.view(self._shape)

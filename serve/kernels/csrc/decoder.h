@@ -126,7 +126,7 @@ class Decoder {
     team_.barrier();
     if (step.num_logits == 0) return t.product.release();
     head(t, last_.data(), step.num_logits, m_.final_norm, step.logits);
-    team_.deal(t.turn++, step.num_logits, 1, [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, step.num_logits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) step.best[r] = highest(step.logits + r * m_.head.outputs, m_.head.outputs);
     });
   }

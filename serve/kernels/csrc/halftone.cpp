@@ -9,8 +9,8 @@ namespace {
 template <typename Body>
 void by_panel(void* team_pointer, const Linear& w, Body&& body) {
   Team& team = *static_cast<Team*>(team_pointer);
-  team.run([&](int) {
-    team.deal(0, w.panels(), 4, [&](int64_t begin, int64_t end) {
+  team.run([&](int thread) {
+    team.deal(thread, 0, w.panels(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) body(panel);
     });
   });
