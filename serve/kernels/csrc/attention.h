@@ -81,10 +81,12 @@ inline void weigh(AttentionRoom& room, const QueryRows& q, int r, int64_t base, 
 inline void attend(Product& product, AttentionRoom& room, const Cache& cache, const int64_t* blocks, int64_t head,
                    const QueryRows& q, int64_t head_dim, float scaling, int64_t window) {
   const int64_t width = cache.width, last = q.positions[q.count - 1];
-  const auto multiply = [&](const void* a, int64_t stride, const bf16* panel, int64_t steps, float (*sums)[32], bool resume) {
+  const auto multiply = [&](const void* a, int64_t stride, const bf16* panel, int64_t steps, float (*sums)[32], bool resume,
+                            const bf16* next) {
     by_row_blocks(q.count, [&](int64_t row, int count) {
+      const Ahead ahead{reinterpret_cast<const uint8_t*>(next), row == 0 && next ? kPanelStep / 64 : 0};
       product.multiply<false>(static_cast<const uint8_t*>(a) + row * stride, stride,
-                              reinterpret_cast<const uint8_t*>(panel), steps, count, sums[row], resume);
+                              reinterpret_cast<const uint8_t*>(panel), steps, count, sums[row], resume, ahead);
     });
   };
   std::fill_n(room.highest, q.count, -1e30f);
@@ -93,10 +95,16 @@ inline void attend(Product& product, AttentionRoom& room, const Cache& cache, co
   const int64_t begin = window > 0 ? std::max<int64_t>(0, q.positions[0] - window + 1) / kKeys * kKeys : 0;
   for (int64_t base = begin; base <= last; base += kKeys) {
     const int64_t at = cache.panel(head, blocks, base);
-    multiply(q.queries, width * 2, cache.keys + at, width / 32, room.scores, false);
+    // Blocks lie anywhere, so the processor cannot guess the next ones.
+    const bool more = base + kKeys <= last;
+    const int64_t next = more ? cache.panel(head, blocks, base + kKeys) : 0;
+    multiply(q.queries, width * 2, cache.keys + at, width / 32, room.scores, false, more ? cache.keys + next : nullptr);
     for (int r = 0; r < q.count; ++r) weigh(room, q, r, base, scaling, window, width);
-    for (int64_t d = 0; d < width / 32; ++d)
-      multiply(room.weights, kKeys * 2, cache.values + at + d * 32 * kKeys, 1, room.out[d], true);
+    for (int64_t d = 0; d < width / 32; ++d) {
+      const int64_t part = d * 32 * kKeys;
+      multiply(room.weights, kKeys * 2, cache.values + at + part, 1, room.out[d], true,
+               more ? cache.values + next + part : nullptr);
+    }
   }
   for (int r = 0; r < q.count; ++r) {
     const __m512 inverse = _mm512_set1_ps(1.0f / room.total[r]);

@@ -210,7 +210,7 @@ class Decoder {
   void multiply(Thread& t, const Activations& a, int64_t rows, std::initializer_list<Target> targets) {
     int64_t panels = 0;
     for (const Target& target : targets) panels += target.linear->panels();
-    team_.deal(t.index, t.turn++, panels, panel_chunk(*targets.begin()->linear), [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, panels, panel_chunk(*targets.begin()->linear, rows), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         int64_t panel = p;
         for (const Target& target : targets) {
@@ -243,7 +243,7 @@ class Decoder {
 
   // inner = silu(gate x) * (up x), a panel of each at a time.
   void feed(Thread& t, const Layer& l, const Activations& a, int64_t rows) {
-    team_.deal(t.index, t.turn++, l.gate.panels(), std::max<int64_t>(1, panel_chunk(l.gate) / 2), [&](int64_t begin, int64_t end) {
+    team_.deal(t.index, t.turn++, l.gate.panels(), std::max<int64_t>(1, panel_chunk(l.gate, rows) / 2), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         compute_panel(t.panel, l.gate, a, rows, panel);
         compute_panel(t.other, l.up, a, rows, panel);

@@ -69,7 +69,7 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
     team.barrier();
     Product product;
     PanelRoom room(product);
-    team.deal(thread, 1, w->panels(), panel_chunk(*w), [&](int64_t begin, int64_t end) {
+    team.deal(thread, 1, w->panels(), panel_chunk(*w, rows), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         compute_panel(room, *w, a, rows, panel);
         for (int64_t r = 0; r < rows; ++r)

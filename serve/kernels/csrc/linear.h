@@ -180,7 +180,10 @@ inline void compute_panel(PanelRoom& room, const Linear& w, const Activations& a
     }
 }
 
-// How many panels to take at once: about 128 KiB of weights.
-inline int64_t panel_chunk(const Linear& w) { return std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, w.panel_bytes())); }
+// How many panels to take at once: some microseconds of work, 128 KiB of weights for a few rows.
+inline int64_t panel_chunk(const Linear& w, int64_t rows) {
+  const int64_t blocks = (rows + Product::kRows - 1) / Product::kRows;
+  return std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, w.panel_bytes() * blocks));
+}
 
 }  // namespace halftone
