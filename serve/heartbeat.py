@@ -37,7 +37,7 @@ class ReplicaBeat:
     head: str | None = None
     """Digest of its output head: who shares it can read its hidden states. None: only logits will do."""
     waiting: int = 0
-    """Sequences that wait for the engine."""
+    """Sequences that wait for the engine, and did at the last report: a queue, not an arrival."""
     report: Mapping[str, Any] | None = None
     """How it was loaded; sent once, and again when the controller asks."""
     memory: Mapping[str, int] = field(default_factory=dict)

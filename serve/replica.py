@@ -74,6 +74,7 @@ class Replica:
         self._reason: str | None = None
         self._serving: _Serving | None = None
         self._report_due = False
+        self._waiting = 0
         self._place = here()
         self._needs: Mapping[str, int] = {}
         self._recorder = Recorder()
@@ -342,7 +343,7 @@ class Replica:
             context_length=self._serving.context_length,
             fingerprint=self._serving.loaded.fingerprint,
             head=head.digest if (head := self._serving.engine.head) else None,
-            waiting=self._serving.engine.stats().waiting,
+            waiting=self._still_waiting(self._serving.engine.stats().waiting),
             report=self._serving.report() if self._report_due else None,
             memory=memory,
             energy=energy.told,
@@ -350,6 +351,11 @@ class Replica:
             available_bytes=_available_bytes(self._variant.device),
             snapshot=self._recorder.snapshot(),
         )
+
+    def _still_waiting(self, waiting: int) -> int:
+        """As many as wait now and waited a beat ago: whoever has just come in waits for a step at most."""
+        before, self._waiting = self._waiting, waiting
+        return min(before, waiting)
 
     def _record(self, serving: _Serving, memory: Mapping[str, int], energy: Energy) -> None:
         stats, report, labels = serving.engine.stats(), serving.loaded.report, self._labels

@@ -233,7 +233,7 @@ def test_live_drift_is_what_evaluating_the_served_text_gives_and_shows_a_damaged
     seen: list[Answer] = []
     for sent in (30, 60, 90, 120):
         # So few at a time that each finds room to be scored, however slow the machine is.
-        with Users(server.url, requests=30, first=len(seen)) as users:
+        with Users(server.url, users=2, requests=30, first=len(seen)) as users:
             pass
         seen += users.seen
         server.wait_until(lambda expected=sent: samples(server) == expected)

@@ -1,9 +1,12 @@
 """Do two generators see the same server? By hand, alone: `python tests/loadtest/measure_guidellm.py`.
 
-Serves the embedded model and sends one workload, prompts and lengths alike, with guidellm (`make peers`) and with ours
-in turns: closed loop with 1 and 8 clients, and open loop at a constant rate. Prints each generator's medians over the
-turns and how far ours is from guidellm's, whose inter-token latency is one mean per request: our `tpot_s`. Then, of the
-last turn, each percentile of ours beside the bucket that the server's own `/metrics` has it in.
+Serves the bench model (`python -m loadtest engine --prepare` makes it) on half of the cores, so that the generator,
+which needs one of its own, does not slow the server; guidellm takes much more of it than ours. Sends one workload with
+guidellm (`make peers`) and with ours in turns: closed loop with 1 and 8 clients, and open loop at a constant rate.
+Prompts and lengths are drawn alike; the lengths differ, lest clients fall into step, as they do with one generator and
+not with the other. Prints each generator's medians over the turns and how far ours is from guidellm's, whose
+inter-token latency is one mean per request: our `tpot_s`. Then, of our last turn, each percentile beside the bucket
+that the server's own `/metrics` has it in.
 """
 
 from __future__ import annotations
@@ -24,16 +27,26 @@ sys.path.insert(0, str(ROOT / "tests"))
 from running import Halftone  # noqa: E402
 
 GUIDELLM = Path(os.environ.get("HALFTONE_PEERS", ROOT / ".peers")) / "guidellm" / "bin" / "guidellm"
-MODEL, TOKENIZER = "storyteller", ROOT / "serve" / "storyteller" / "checkpoint"
-OUTPUT_TOKENS = 64
+MODEL = Path.home() / ".cache" / "halftone" / "bench-model"
+OUTPUT_TOKENS = (16, 48)  # uniform
 WORDS = ("once", "upon", "a", "time", "there", "was", "girl", "dog", "who", "liked", "to", "play", "big", "red", "ball")
-LOADS = {"1 client": ("concurrency", 1, 60), "8 clients": ("concurrency", 8, 240), "4 a second": ("rate", 4, 100)}
+LOADS = {"1 client": ("concurrency", 1, 30), "8 clients": ("concurrency", 8, 96), "1 a second": ("rate", 1, 40)}
 GUIDELLM_NAMES = {
     "ttft_s": ("time_to_first_token_ms", 1e-3),
     "tpot_s": ("inter_token_latency_ms", 1e-3),
     "e2e_s": ("request_latency", 1.0),
 }
 POINTS = ("p50", "p90")
+
+
+def write_config(path: Path) -> Path:
+    engine = {"threads": max(1, (os.cpu_count() or 2) // 2)}
+    document = {
+        "model": {"name": MODEL.name, "source": str(MODEL)},
+        "variants": [{"name": "only", "recipe": "bf16", "engine": engine}],
+    }
+    path.write_text(json.dumps(document))
+    return path
 
 
 def write_prompts(path: Path, count: int, seed: str) -> Path:
@@ -47,8 +60,20 @@ def write_prompts(path: Path, count: int, seed: str) -> Path:
 
 
 def ours(server: Halftone, prompts: Path, kind: str, level: int, requests: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "loadtest", "run", "--url", server.url, "--model", MODEL, "--api", "completions"]
-    command += ["--prompts", str(prompts), "--output-tokens", str(OUTPUT_TOKENS), "--ignore-eos", "--temperature", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest",
+        "run",
+        "--url",
+        server.url,
+        "--model",
+        MODEL.name,
+        "--api",
+        "completions",
+    ]
+    command += ["--prompts", str(prompts), "--output-tokens", "uniform:{},{}".format(*OUTPUT_TOKENS)]
+    command += ["--ignore-eos", "--temperature", "0"]
     command += [f"--{kind}", str(level), "--num-requests", str(requests), "--warmup", "0", "--json", "--quiet"]
     command += ["--arrivals", "constant"] if kind == "rate" else []
     command += ["--server-metrics", f"{server.url}/metrics"]
@@ -66,8 +91,8 @@ def guidellm(server: Halftone, prompts: Path, kind: str, level: int, requests: i
     profile = f"kind=concurrent,streams={level}" if kind == "concurrency" else f"kind=constant,rate={level}"
     command = [str(GUIDELLM), "run", "--disable-console", "--profile", profile]
     command += ["--constraint", f"kind=max_requests,count={requests}"]
-    command += ["--backend", f"kind=openai_http,target={server.url},model={MODEL},request_format=/v1/completions"]
-    command += ["--data", f"kind=json_file,path={prompts}", "--tokenizer", f"kind=hf_auto,model={TOKENIZER}"]
+    command += ["--backend", f"kind=openai_http,target={server.url},model={MODEL.name},request_format=/v1/completions"]
+    command += ["--data", f"kind=json_file,path={prompts}", "--tokenizer", f"kind=hf_auto,model={MODEL}"]
     subprocess.run([*command, "--output", f"kind=json,path={output}"], check=True, capture_output=True, text=True)
     metrics = json.loads(output.read_text())["benchmarks"][0]["metrics"]
     assert metrics["request_totals"]["successful"] == requests, metrics["request_totals"]
@@ -94,7 +119,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     turns = options.parse_args().turns
     generators = {"ours": ours, "guidellm": guidellm}
-    with tempfile.TemporaryDirectory() as folder, Halftone("builtin:storyteller", "--recipe", "bf16") as server:
+    with tempfile.TemporaryDirectory() as folder, Halftone(str(write_config(Path(folder) / "bench.yaml"))) as server:
         ours(server, write_prompts(Path(folder) / "warm.jsonl", 16, "warm"), "concurrency", 8, 16)
         print(f"{'':24} {'ours':>10} {'guidellm':>10}")
         for load, (kind, level, requests) in LOADS.items():
@@ -106,9 +131,8 @@ def main() -> None:
             for figure in seen["ours"][0]:
                 a, b = (statistics.median(run[figure] for run in seen[name]) for name in generators)
                 scale, unit = (1.0, "") if figure == "tokens/s" else (1e3, " ms")
-                print(
-                    f"{load:11} {figure:12} {a * scale:10.2f} {b * scale:10.2f}{unit:3} {a / b - 1:+7.1%}", flush=True
-                )
+                print(f"{load:11} {figure:12} {a * scale:10.2f} {b * scale:10.2f}{unit:3} {a / b - 1:+7.1%}")
+            print_server(load, max(Path(folder).glob("*.server.json"), key=lambda path: path.stat().st_mtime))
 
 
 if __name__ == "__main__":
