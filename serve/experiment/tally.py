@@ -135,9 +135,11 @@ class Tally:
         """Why it does not count; None if it does."""
         if outcome.shadow:
             return "shadow"
+        if not self._is_dealt_here(outcome):
+            return "earlier"
         if outcome.route == "pinned":
             return "pinned"
-        if not self._is_dealt_here(outcome) or outcome.variant not in self.arms:
+        if outcome.variant not in self.arms:
             return "earlier"
         if outcome.held_out:
             return "held_out"
