@@ -60,7 +60,7 @@ class House:
         self.split: Split | None = None
         self.failing: set[str] = set()
         self._records = 0
-        self._sequence = 0
+        self.sequence = 0
 
     async def open(self) -> House:
         await self.progression.open()
@@ -84,8 +84,8 @@ class House:
         return counted
 
     async def beat(self, requests: int = 0) -> bool:
-        self._sequence += 1
-        batch = Batch(f"{self.name}-ingress", self._sequence, self.now_s, tuple(map(self._outcome, range(requests))))
+        self.sequence += 1
+        batch = Batch(f"{self.name}-ingress", self.sequence, self.now_s, tuple(map(self._outcome, range(requests))))
         snapshot = Recorder().snapshot()
         self.controller.ingress(IngressBeat(batch.ingress, batch, snapshot, self.split))
         counted = await self.progression.take(batch)
@@ -224,7 +224,7 @@ async def test_a_replica_that_dies_is_an_incident_at_once(house: House) -> None:
 async def test_a_death_that_only_an_ingress_saw_is_one_too_and_nobody_is_sent_there(house: House) -> None:
     await house.progression.start(PLAN)
     await house.seconds(2)
-    batch = Batch("one-ingress", 99, house.now_s)
+    batch = Batch("one-ingress", house.sequence + 1, house.now_s)
     beat = IngressBeat("one-ingress", batch, Recorder().snapshot(), house.split, {"int8": 1})
     view = house.controller.ingress(beat)
     assert {state.name: state.state for state in view.variants}["int8"] == "loading"
