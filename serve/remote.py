@@ -177,9 +177,9 @@ class RemoteExperiments:
 def _mapped(who: str) -> Iterator[None]:
     try:
         yield
-    except HalftoneError:
-        raise
     except Exception as error:
+        if isinstance(error, HalftoneError) and not isinstance(error, RayTaskError):
+            raise
         raise as_halftone(error, who) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ray.exceptions import RayTaskError
 
 from serve.errors import GenerationFailed, HalftoneError, Overloaded
 from serve.generation import GenerationRequest, SamplingParams
@@ -64,6 +65,19 @@ async def test_whatever_breaks_a_stream_comes_out_as_an_error_of_ours(
     with pytest.raises(ours):
         async for _ in link.generate(GenerationRequest("r", "Once", SamplingParams()), "channel"):
             pass
+
+
+async def test_an_error_that_ray_brings_back_is_ours_alone_again() -> None:
+    """Ray makes one that is both its own and ours, and whose text is the other side's traceback."""
+    both = RayTaskError("generate", "Traceback", Overloaded("full", retry_after_s=3.0)).as_instanceof_cause()
+    assert isinstance(both, Overloaded)
+    with pytest.raises(Overloaded) as caught:
+        async for _ in RemoteVariant("int8", Handle(both)).generate(
+            GenerationRequest("r", "Once", SamplingParams()), "channel"
+        ):
+            pass
+    assert type(caught.value) is Overloaded
+    assert (str(caught.value), caught.value.retry_after_s) == ("full", 3.0)
 
 
 async def test_a_request_whose_recording_is_kept_goes_by_reference_and_all_others_do_not() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ async def test_energy_is_counted_while_it_answers_and_is_unavailable_where_no_co
     values: dict[str, float] = {}
     added = 0.0
     while not values.get("energy_joules_total"):  # the replica's own look may fall where it has done nothing yet
+        assert added < 200.0
         powercap.add("0", 10.0)
         added += 10.0
         await parcels(replica, request(f"{added}", max_tokens=40))
@@ -240,3 +242,18 @@ async def test_a_replica_gives_its_memory_back_when_it_is_told_and_loads_again_w
     beats.resident = True
     await until("ready")
     assert any(isinstance(event, Delta) for event in events(await parcels(replica, request("again"))))
+
+
+async def test_only_a_queue_that_lasts_from_one_report_to_the_next_is_called_waiting(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = replica_of(config(), beats)
+    await replica.open()
+    assert replica._serving
+    stats = replica._serving.engine.stats()
+    told = []
+    for waiting in (0, 3, 2, 5, 0, 4):
+        monkeypatch.setattr(replica._serving.engine, "stats", lambda waiting=waiting: replace(stats, waiting=waiting))
+        told.append(replica._now().waiting)
+    assert told == [0, 0, 2, 2, 0, 0]
+    await replica.close()

@@ -25,9 +25,8 @@ class StepOutputs:
 
     logits: Tensor  # [R, vocab] in fp32
     hidden: Tensor | None  # [K, hidden], as the head reads them; None where the model does not show them
-    best: Tensor | None = (
-        None  # [R], each row's argmax, -1 where its logits are not finite; None: nobody has looked yet
-    )
+    best: Tensor | None = None
+    """Int64 [R], each row's argmax, -1 where its logits are not finite; None: nobody has looked yet."""
 
 
 class Runner:

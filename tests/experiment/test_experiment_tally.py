@@ -57,11 +57,12 @@ def test_what_is_left_out_is_counted_by_reason() -> None:
         replace(good, record=6, shadow=True),
         replace(good, record=7, revision=revision - 1),
         replace(good, record=8, variant="nf4"),
+        replace(good, record=9, route="pinned", revision=revision - 1),
     ]
     tally = Tally.begin(PLAN, revision, 0.0)
     tally.take(Batch("i", 1, 2.0, tuple(records)))
     assert tally.left_out == {
-        "pinned": 1, "held_out": 1, "client_fault": 1, "warm_up": 1, "shadow": 1, "earlier": 2,
+        "pinned": 1, "held_out": 1, "client_fault": 1, "warm_up": 1, "shadow": 1, "earlier": 3,
     }  # fmt: skip
     assert {name: arm.n for name, arm in tally.arms.items()} == {"bf16": 0, "int8": 1}
 
