@@ -1,4 +1,4 @@
-"""Ray's and gRPC's words for what went wrong, in ours."""
+"""Ray's words for what went wrong, in ours."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import warnings
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import grpc
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from serve.errors import GenerationFailed, HalftoneError, Overloaded
 from serve.generation import GenerationRequest, SamplingParams
@@ -20,40 +19,31 @@ with warnings.catch_warnings():
 
 
 class Handle:
-    """A deployment handle whose every stream breaks with `error`, and that notes how it was asked for."""
+    """A deployment handle whose every stream breaks with `error`."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
-        self.asked: list[bool] = []
         self.generate = self
 
-    def options(self, *, stream: bool, _by_reference: bool = True) -> Handle:
-        other = Handle(self._error)
-        other.asked, other.by_reference = self.asked, _by_reference
-        return other
+    def options(self, *, stream: bool) -> Handle:
+        return self
 
-    by_reference = True
-
-    def remote(self, *_: Any) -> AsyncGenerator[Any, None]:
-        self.asked.append(self.by_reference)
-        return self._broken()
-
-    async def _broken(self) -> AsyncGenerator[Any, None]:
+    async def remote(self, *_: Any) -> AsyncGenerator[Any, None]:
         raise self._error
         yield
 
 
-def broken(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
-    nothing = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, nothing, nothing)
+async def stream_that_breaks_with(error: BaseException) -> None:
+    async for _ in RemoteVariant("int8", Handle(error)).generate(
+        GenerationRequest("r", "Once", SamplingParams()), "channel"
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
     ("error", "ours"),
     [
-        (broken(grpc.StatusCode.UNAVAILABLE), ReplicaDied),
-        (broken(grpc.StatusCode.INTERNAL), ReplicaDied),
-        (broken(grpc.StatusCode.RESOURCE_EXHAUSTED), GenerationFailed),
+        (RayActorError(), ReplicaDied),
         (ValueError("a bug of the replica's"), GenerationFailed),
         (Overloaded("full"), Overloaded),
     ],
@@ -61,10 +51,8 @@ def broken(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
 async def test_whatever_breaks_a_stream_comes_out_as_an_error_of_ours(
     error: Exception, ours: type[HalftoneError]
 ) -> None:
-    link = RemoteVariant("int8", Handle(error))
     with pytest.raises(ours):
-        async for _ in link.generate(GenerationRequest("r", "Once", SamplingParams()), "channel"):
-            pass
+        await stream_that_breaks_with(error)
 
 
 async def test_an_error_that_ray_brings_back_is_ours_alone_again() -> None:
@@ -72,19 +60,6 @@ async def test_an_error_that_ray_brings_back_is_ours_alone_again() -> None:
     both = RayTaskError("generate", "Traceback", Overloaded("full", retry_after_s=3.0)).as_instanceof_cause()
     assert isinstance(both, Overloaded)
     with pytest.raises(Overloaded) as caught:
-        async for _ in RemoteVariant("int8", Handle(both)).generate(
-            GenerationRequest("r", "Once", SamplingParams()), "channel"
-        ):
-            pass
+        await stream_that_breaks_with(both)
     assert type(caught.value) is Overloaded
     assert (str(caught.value), caught.value.retry_after_s) == ("full", 3.0)
-
-
-async def test_a_request_whose_recording_is_kept_goes_by_reference_and_all_others_do_not() -> None:
-    handle = Handle(Overloaded("full"))
-    link = RemoteVariant("int8", handle)
-    for keep in (None, "hidden"):
-        with pytest.raises(Overloaded):
-            async for _ in link.generate(GenerationRequest("r", "Once", SamplingParams(), keep=keep), "channel"):
-                pass
-    assert handle.asked == [False, True]
