@@ -85,6 +85,11 @@ def report(tally: Tally, facts: Mapping[str, Facts], at_s: float) -> dict[str, A
 Parts = list[tuple[float, Values]]
 
 
+def _at_least_zero(value: float) -> float:
+    """Of what cannot be less, an interval says nothing below."""
+    return max(0.0, value)
+
+
 def _latencies(read: Callable[[str], Parts]) -> dict[str, Any]:
     return {measure: _spread(read(measure)) for measure in LATENCIES}
 
@@ -100,7 +105,7 @@ def _spread(parts: Parts) -> dict[str, Any]:
     parts = [(weight / whole, values) for weight, values in parts]
     return {
         "n": sum(values.n for _, values in parts),
-        "mean": mean_interval([(weight, values.mean) for weight, values in parts]).to_dict(),
+        "mean": mean_interval([(weight, values.mean) for weight, values in parts]).map(_at_least_zero).to_dict(),
         **{name: quantile_interval(parts, p).to_dict() for name, p in _QUANTILES.items()},
     }
 
@@ -140,7 +145,7 @@ def _drift(arm: Arm) -> dict[str, Any] | None:
         "requests": arm.drift_requests,
         "tokens": round(arm.drift["kl_divergence_nats"].x),
         "nonfinite_tokens": arm.nonfinite_tokens,
-        "kl_divergence_nats": mean_interval([(1.0, arm.drift["kl_divergence_nats"])]).to_dict(),
+        "kl_divergence_nats": mean_interval([(1.0, arm.drift["kl_divergence_nats"])]).map(_at_least_zero).to_dict(),
         "top1_agreement": _at_most_one(mean_interval([(1.0, arm.drift["top1_agreement"])], scale=0.02)).to_dict(),
         "perplexity_ratio": ratio.to_dict(),
     }

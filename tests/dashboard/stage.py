@@ -50,7 +50,10 @@ class Staged:
     def memory(self) -> dict[str, int]:
         stored = int(480 * MIB * self.bits / 16)
         scales = int(stored * 0.03) if self.bits < 16 else 0
-        return {"weights": stored - scales, "quantization": scales, "kv_cache": 96 * MIB, "process": 900 * MIB}
+        held = {"weights_resident": stored - scales, "quantization": scales, "kv_cache_resident": 64 * MIB}
+        held |= {"allocator": 30 * MIB, "runtime": 300 * MIB}
+        promised = {"weights": stored - scales, "kv_cache": 96 * MIB, "kv_cache_used": 24 * MIB}
+        return held | promised | {"process": sum(held.values())}
 
     def says(self) -> list[str]:
         return [self.other_words.get(position, word) for position, word in enumerate(STORY)]

@@ -69,6 +69,8 @@ def test_memory_is_told_by_component_and_against_16_bits(server: Server, page: P
     open_page(page, server)
     row = page.locator(".memory-row").filter(has_text="nf4")
     expect(row.get_by_role("img", name="weights 131 MiB, scales and tables 4.05 MiB, saved")).to_be_visible()
+    held = "KV cache in use 24 MiB, KV cache, free 40 MiB, working memory 30 MiB, runtime and libraries 300 MiB"
+    expect(row.get_by_role("img", name=held)).to_be_visible()
     expect(row).to_contain_text("saved71.9 % (345 MiB)")
     expect(row).to_contain_text("ratio3.56×")
 
@@ -314,16 +316,30 @@ def test_an_experiment_is_begun_with_the_split_in_force_read_and_stopped(server:
     panel = page.locator("#experiments")
     panel.get_by_label("Name").fill("winter")
     panel.get_by_label("Hours").fill("2")
+    panel.get_by_label("Price of a machine's hour").fill("1.5")
     panel.get_by_role("button", name="Start experiment").click()
-    expect(panel).to_contain_text("winter is running: 60 min, held against bf16.")
+    expect(panel).to_contain_text("winter is running. 60 min, held against bf16.")
     expect(panel.get_by_role("row", name="int8")).to_contain_text("40 ms35 ms to 50 ms")
-    expect(panel).to_contain_text("ITL of int8 is 21 % lower than that of bf16 at equal load")
+    expect(panel.locator(".lines li")).to_have_text(
+        [
+            "ITL of int8 is 21 % lower than that of bf16 at equal load.",
+            "nf4: too little data yet (TTFT, output length).",
+        ]
+    )
     expect(panel.get_by_role("button", name="Start experiment")).to_be_disabled()
     page.on("dialog", lambda dialog: dialog.accept())
     panel.get_by_role("button", name="Stop").click()
-    expect(panel).to_contain_text("winter is ended, ended by operator")
+    expect(panel).to_contain_text("winter was stopped by the operator")
     assert asked == [
-        ("/admin/experiments", {"name": "winter", "weights": {"bf16": 60, "int8": 20, "nf4": 20}, "duration_s": 7200}),
+        (
+            "/admin/experiments",
+            {
+                "name": "winter",
+                "weights": {"bf16": 60, "int8": 20, "nf4": 20},
+                "duration_s": 7200,
+                "price_per_hour": 1.5,
+            },
+        ),
         ("/admin/experiments/winter/stop", {}),
     ]
 
@@ -341,7 +357,11 @@ REPORT = {
     "elapsed_s": 3600.0,
     "split": {"sentence": "the realised split is the configured one"},
     "comparisons": [
-        {"variant": "int8", "measure": "itl", "sentence": "ITL of int8 is 21 % lower than that of bf16 at equal load"}
+        {
+            "variant": "int8", "measure": "itl", "result": "lower",
+            "sentence": "ITL of int8 is 21 % lower than that of bf16 at equal load",
+        },
+        *({"variant": "nf4", "measure": measure, "result": "too little data"} for measure in ("ttft", "output_length")),
     ],
     "variants": [
         {
@@ -564,7 +584,14 @@ def test_a_server_that_started_anew_starts_the_history_anew(server: Server, page
 def test_no_width_needs_a_sideways_scroll(server: Server, page: Page) -> None:
     for name in ("bf16", "int8", "nf4"):
         server.stage.answered(name, 10)
+        server.stage.drifted(name, tokens=500, kl_nats=0.003, agreeing=480)
+    page.route(f"{server.url}/", lambda route: route.fulfill(json={"routes": ["/admin/experiments"]}))
+    ended = {"name": "winter", "state": "ended", "baseline": "bf16", "stopped_by": "time"}
+    told = {"list": {"active": None, "experiments": [ended]}, "report": {**REPORT, "experiment": ended}}
+    page.route("**/admin/experiments", lambda route: route.fulfill(json=told["list"]))
+    page.route("**/admin/experiments/*/report", lambda route: route.fulfill(json=told["report"]))
     open_page(page, server)
+    expect(page.locator("#experiments")).to_contain_text("winter has ended: its time was over.")
     compare(page)
     for width in (1920, 1280, 1000, 900, 768, 390, 320):
         page.set_viewport_size({"width": width, "height": 800})

@@ -223,9 +223,11 @@ function nameEnds(plot, variants) {
   labels.forEach((label, index) => {
     if (index) label.y = Math.max(label.y, labels[index - 1].y + LABEL_GAP * ratio);
   });
-  const overflow = (labels.at(-1)?.y ?? 0) - (plot.bbox.top + plot.bbox.height);
-  for (const label of labels) {
-    write(plot, `${markOf(label.variant)} ${label.variant.name}`, label.x + 6 * ratio, label.y - Math.max(0, overflow), label);
+  let lowest = plot.bbox.top + plot.bbox.height;
+  for (const label of labels.toReversed()) {
+    label.y = Math.min(label.y, lowest);
+    lowest = label.y - LABEL_GAP * ratio;
+    write(plot, `${markOf(label.variant)} ${label.variant.name}`, label.x + 6 * ratio, label.y, label);
   }
 }
 
@@ -252,12 +254,20 @@ function endOf(plot, variant, series) {
   return { variant, x: plot.bbox.left + plot.bbox.width, y };
 }
 
+/** A name stands above its mark and to the right, or where else it covers nothing. */
 function nameMarks(plot, variants) {
   const ratio = globalThis.devicePixelRatio;
+  const at = (index) => [plot.valToPos(plot.data[0][index], "x", true), plot.valToPos(plot.data[index + 2][index], "y", true)];
+  const taken = variants.map((_, index) => at(index)).map(([x, y]) => ({ x: x - 6 * ratio, y, width: 12 * ratio }));
   variants.forEach((variant, index) => {
-    const [x, y] = [plot.valToPos(plot.data[0][index], "x", true), plot.valToPos(plot.data[index + 2][index], "y", true)];
+    const [x, y] = at(index);
+    const width = 6.5 * variant.name.length * ratio;
+    const places = [x + 10 * ratio, x - 8 * ratio - width].flatMap((left) => [-9, 10].map((down) => ({ x: left, y: y + down * ratio, width })));
+    const isFree = (place) => taken.every((t) => Math.abs(t.y - place.y) > 10 * ratio || place.x + width < t.x || t.x + t.width < place.x);
+    const place = places.find(isFree) ?? places[0];
+    taken.push(place);
     write(plot, markOf(variant), x - 5 * ratio, y, { variant }, 15);
-    write(plot, variant.name, x + 10 * ratio, y - 9 * ratio, { variant });
+    write(plot, variant.name, place.x, place.y, { variant });
   });
 }
 

@@ -25,6 +25,11 @@ export class Answer {
     return spanMs < SHORTEST_MS ? NaN : ((this.tokens.length - 1) * 1000) / spanMs;
   }
 
+  /** What it was at least: the whole answer, with the wait for its first token. */
+  get leastTokensPerSecond() {
+    return (this.tokens.length * 1000) / (this.#lastMs - this.#sentMs);
+  }
+
   take(choice) {
     this.promptIds = choice.prompt_token_ids ?? this.promptIds;
     this.finishReason = choice.finish_reason ?? this.finishReason;

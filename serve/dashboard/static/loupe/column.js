@@ -75,7 +75,7 @@ export class Column {
     const { answer } = this;
     const facts = [
       ["first token", duration(answer.firstTokenSeconds)],
-      ["tokens/s", number(answer.tokensPerSecond)],
+      ["tokens/s", speedOf(answer)],
       ["tokens", count(answer.tokens.length)],
       ["weights", bytes(this.#variant.storedBytes)],
     ];
@@ -106,6 +106,11 @@ export class Column {
     event.preventDefault();
     this.#inspect(this, Math.min(last, Math.max(0, goal)));
   }
+}
+
+function speedOf({ finishReason, tokensPerSecond, leastTokensPerSecond }) {
+  if (Number.isFinite(tokensPerSecond) || finishReason === null) return number(tokensPerSecond);
+  return `≥ ${number(leastTokensPerSecond, 2)}`;
 }
 
 function agreement({ tokens, scores }) {

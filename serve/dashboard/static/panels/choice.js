@@ -2,7 +2,7 @@
 
 import { adviceOn } from "../advice.js";
 import { FrontChart } from "../charts.js";
-import { el, keyed, setText, show } from "../dom.js";
+import { el, keyed, setAttribute, setText, show } from "../dom.js";
 import { bytes, count, duration, factor, number, percent } from "../format.js";
 import { markOf, seriesClass } from "../palette.js";
 import { mean, observations } from "../prometheus.js";
@@ -15,7 +15,7 @@ export function choicePanel() {
     height: 250,
     xFormat: (v) => bytes(v, 2),
     yFormat: (v) => number(v),
-    xLabel: "stored weights",
+    xLabel: "stored weights; dashed: beaten by none",
     yLabel: "tokens/s of one answer",
   });
   const quality = new FrontChart({
@@ -24,13 +24,13 @@ export function choicePanel() {
     height: 250,
     xFormat: (v) => bytes(v, 2),
     yFormat: (v) => number(v, 2),
-    xLabel: "stored weights",
+    xLabel: "stored weights; dashed: beaten by none",
     yLabel: "KL, nats per token",
     lowerIsBetter: true,
   });
-  const head = el("tr", {}, ["Variant", "Speed", "Bytes", "16-bit saving", "Agreement"].map((t) => el("th", { scope: "col" }, t)));
+  const head = el("tr", {}, ["Variant", "Agreement", "Speed", "Bytes", "16-bit saving"].map((t) => el("th", { scope: "col" }, t)));
   const body = el("tbody");
-  const table = el("table", { class: "choice" }, el("caption"), el("thead", {}, head), body);
+  const table = el("table", { class: "choice compared" }, el("caption"), el("thead", {}, head), body);
   const advice = el("ul", { class: "advice" });
   const notes = el("ul", { class: "lines" });
 
@@ -60,7 +60,7 @@ export function choicePanel() {
     keyed(notes, remarks, (remark) => remark, () => el("li"), setText);
   }
 
-  const lead = "Speed depends on the load that each variant carried: with little traffic batches are small and tokens quick.";
+  const lead = "What matters most to you, who is best at it, and what that costs. Speed is at the load each carried: with little, tokens are quick.";
   return panel(
     { id: "choice", title: "Which precision", lead, update, available: (view) => pointsOf(view.variants).length > 0 },
     advice,
@@ -98,13 +98,14 @@ function updateRow(row, point, reference) {
   const { variant, size, speed, gap, gaps, drift, agreement } = point;
   const isReference = point === reference;
   const texts = [
-    [factor(speed / reference?.speed), `${duration(gap)} a token, n ${count(gaps)}`],
+    isReference ? ["reference", ""] : [percent(agreement), Number.isFinite(drift) ? `KL ${number(drift, 2)}` : "not measured"],
+    [factor(speed / reference?.speed), `${duration(gap, 2)} a token`, `${count(gaps)} gaps between tokens were timed`],
     [factor(size / reference?.size), bytes(size)],
-    [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits a weight`],
-    isReference ? ["the reference", ""] : [percent(agreement), Number.isFinite(drift) ? `KL ${number(drift, 2)}` : "not measured"],
+    [percent(1 - 1 / variant.compressionRatio), `${number(variant.bitsPerWeight)} bits`],
   ];
-  texts.forEach(([main, second], index) => {
+  texts.forEach(([main, second, title = null], index) => {
     const [first, below] = row.children[index + 1].children;
+    setAttribute(row.children[index + 1], "title", title);
     setText(first, main);
     setText(below, second);
   });

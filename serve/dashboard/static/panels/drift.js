@@ -11,12 +11,12 @@ import { panel } from "./panel.js";
 const NOT_SCORED = { shed: "shed to make way for users", no_data: "found no reader", unfinished: "unfinished", failed: "failed" };
 
 const COLUMNS = [
-  ["KL mean, nats", (d) => number(d.meanNats, 3)],
+  ["KL mean", (d) => number(d.meanNats, 3)],
   ["Guard", (d, guard, now) => (isBlind(now) ? "no data now" : against(d.meanNats, guard))],
   ["p50", (d) => number(quantile(d.histogram, 0.5), 2)],
   ["p99", (d) => number(quantile(d.histogram, 0.99), 2)],
-  ["Same first choice", (d) => percent(d.agreement)],
-  ["Tokens scored", (d) => count(d.tokens)],
+  ["Agreement", (d) => percent(d.agreement)],
+  ["Tokens", (d) => count(d.tokens)],
 ];
 
 export function driftPanel() {
@@ -29,7 +29,7 @@ export function driftPanel() {
   const recorder = new Recorder(60, (stats) => stats.drift.meanNats);
   const titles = ["Variant", ...COLUMNS.map(([title]) => title)].map((title) => el("th", { scope: "col" }, title));
   const body = el("tbody");
-  const table = el("table", { class: "choice" }, el("thead", {}, el("tr", {}, titles)), body);
+  const table = el("table", { class: "choice scored" }, el("thead", {}, el("tr", {}, titles)), body);
 
   const losses = el("p", { class: "hint" });
 
@@ -41,10 +41,10 @@ export function driftPanel() {
     setText(losses, lossesOf(scored));
   }
 
-  const lead = "Served tokens scored again on the reference variant, over the whole vocabulary.";
+  const lead = "Served tokens scored again on the reference variant, over the whole vocabulary. Agreement: its first choice too.";
   return panel(
     { id: "drift", title: "Drift", lead, update, available: (view) => measured(view).length > 0 },
-    el("div", { class: "split" }, chart.node, el("div", { class: "wide" }, table, losses)),
+    el("div", { class: "split even" }, chart.node, el("div", { class: "wide" }, table, losses)),
   );
 }
 

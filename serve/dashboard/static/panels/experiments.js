@@ -3,8 +3,12 @@
 import { el, keyed, setText, show } from "../dom.js";
 import { count, duration, number, percent, span } from "../format.js";
 import { Orders } from "../orders.js";
+import { markOf, seriesClass } from "../palette.js";
 import { panel } from "./panel.js";
 
+/** How a comparison's measure is called in a line. */
+const MEASURES = { ttft: "TTFT", itl: "ITL", tpot: "TPOT", e2e: "E2E" };
+const UNDECIDED = { "no difference shown": "no difference shown", "too little data": "too little data yet" };
 const TITLES = ["Variant", "Answers", "First token, p50", "Next token, mean", "Errors", "Tokens/s", "KL, nats", "Cost per million tokens"];
 
 export function experimentPanel(page) {
@@ -44,18 +48,17 @@ class Experiments {
   update(view) {
     const { list, report } = view.snapshot.experiments;
     show(this.#current, report !== null);
-    if (report) this.#tell(report);
+    if (report) this.#tell(report, view.variants);
     this.#form.update(view, list.active !== null);
   }
 
-  #tell(report) {
+  #tell(report, known) {
     const { experiment, variants, comparisons, split } = report;
     this.#name = experiment.name;
     this.#stop.disabled = experiment.state === "ended";
-    const ended = experiment.stopped_by ? `, ended by ${experiment.stopped_by}` : "";
-    setText(this.#head, `${experiment.name} is ${experiment.state}${ended}: ${span(report.elapsed_s)}, held against ${experiment.baseline}.`);
-    keyed(this.#body, variants, (v) => v.variant, rowOf, updateRow);
-    keyed(this.#comparisons, comparisons, (c) => `${c.variant} ${c.measure}`, () => el("li"), (node, c) => setText(node, c.sentence));
+    setText(this.#head, sentenceOf(report));
+    keyed(this.#body, variants, (v) => v.variant, (v) => rowOf(v, known), updateRow);
+    keyed(this.#comparisons, findingsOf(comparisons), (line) => line, () => el("li"), setText);
     setText(this.#split, `The split: ${split.sentence}.`);
   }
 
@@ -72,12 +75,14 @@ class Starter {
   #weights = {};
   #name = el("input", { name: "name", required: true, size: 14, autocomplete: "off" });
   #hours = el("input", { type: "number", name: "hours", value: 1, min: 0.01, step: "any" });
+  #price = el("input", { type: "number", name: "price", min: 0, step: "any", placeholder: "none" });
   #begin = el("button", { type: "submit", class: "primary" }, "Start experiment");
   #form = el(
     "form",
     { class: "options", "aria-label": "Start an experiment" },
     el("label", {}, "Name ", this.#name),
     el("label", {}, "Hours ", this.#hours),
+    el("label", {}, "Price of a machine's hour ", this.#price),
     this.#begin,
     el("span", { class: "hint" }, "with the split that is in force"),
   );
@@ -87,7 +92,9 @@ class Starter {
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
       const dealt = Object.entries(this.#weights).filter(([, weight]) => weight > 0);
-      void send({ name: this.#name.value.trim(), weights: Object.fromEntries(dealt), duration_s: this.#hours.valueAsNumber * 3600 });
+      const body = { name: this.#name.value.trim(), weights: Object.fromEntries(dealt), duration_s: this.#hours.valueAsNumber * 3600 };
+      const price = this.#price.valueAsNumber;
+      void send(Number.isFinite(price) ? { ...body, price_per_hour: price } : body);
     });
   }
 
@@ -97,9 +104,30 @@ class Starter {
   }
 }
 
-function rowOf({ variant }) {
+function sentenceOf({ experiment, elapsed_s: elapsed }) {
+  const { name, state, stopped_by: by, baseline, price_per_hour: price } = experiment;
+  const endings = { time: "has ended: its time was over", operator: "was stopped by the operator" };
+  const how = state === "ended" ? (endings[by] ?? "has ended") : `is ${state}`;
+  const paid = price ? `, ${number(price)} an hour` : "";
+  return `${name} ${how}. ${span(elapsed)}, held against ${baseline}${paid}.`;
+}
+
+/** A line for every difference that is shown, and one per variant for all that is not. */
+function findingsOf(comparisons) {
+  const shown = comparisons.filter(({ result }) => !(result in UNDECIDED)).map(({ sentence }) => `${sentence}.`);
+  const open = new Map();
+  for (const { variant, measure, result } of comparisons.filter((c) => c.result in UNDECIDED)) {
+    const key = `${variant}: ${UNDECIDED[result]}`;
+    open.set(key, [...(open.get(key) ?? []), MEASURES[measure] ?? measure.replaceAll("_", " ")]);
+  }
+  return [...shown, ...[...open].map(([said, measures]) => `${said} (${measures.join(", ")}).`)];
+}
+
+function rowOf({ variant }, known) {
+  const shown = known.find(({ name }) => name === variant);
+  const name = shown ? el("span", { class: `name ${seriesClass(shown)}` }, `${markOf(shown)} ${variant}`) : variant;
   const cells = TITLES.slice(1).map(() => el("td", {}, el("span", { class: "main" }), el("span", { class: "second" })));
-  return el("tr", {}, el("th", { scope: "row" }, variant), cells);
+  return el("tr", {}, el("th", { scope: "row" }, name), cells);
 }
 
 function updateRow(row, v) {

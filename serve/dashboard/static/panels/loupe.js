@@ -22,7 +22,7 @@ class Loupe {
   #running = null;
   #touched = false;
   #frame = 0;
-  #prompt = el("textarea", { rows: 3, id: "loupe-prompt", spellcheck: "false" });
+  #prompt = el("textarea", { rows: 2, id: "loupe-prompt", spellcheck: "false" });
   #variants = el("fieldset", { class: "choices" }, el("legend", {}, "Variants"));
   #boxes = el("div", { class: "boxes" });
   #reference = el("select");
@@ -109,12 +109,14 @@ class Loupe {
     if (!this.#touched) this.#colour("own");
     const reference = chosen.find((variant) => variant.name === referenceName);
     const prompt = this.#asChat ? await chatPrompt(reference.id, this.#prompt.value, signal) : this.#prompt.value;
+    const inTurn = this.#form.elements.in_turn.checked;
     const jobs = this.#columns.map((column, index) => () => this.#fill(column, chosen[index].id, prompt, sampling, signal));
-    await inBatches(jobs, this.#form.elements.in_turn.checked ? 1 : AT_ONCE);
+    await inBatches(jobs, inTurn ? 1 : AT_ONCE);
     setText(this.#said, `${referenceName} reads the answers …`);
     await inBatches(this.#columns.map((column) => () => this.#judge(column, reference.id, signal)), AT_ONCE);
     if (!this.#touched) this.#colour("reference");
-    setText(this.#said, "Done.");
+    const fair = inTurn || chosen.length < 2;
+    setText(this.#said, fair ? "Done." : "Done. They were answered at once and slowed each other: “one after another” gives fair speeds.");
   }
 
   async #fill(column, model, prompt, sampling, signal) {

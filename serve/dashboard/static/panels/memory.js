@@ -10,14 +10,13 @@ const NAMES = {
   quantization: "scales and tables",
   saved: "saved against 16 bits",
   kv_cache: "KV cache in use",
-  kv_free: "KV cache reserved",
-  activations: "activations",
-  rest: "rest of the process",
+  kv_free: "KV cache, free",
+  allocator: "working memory",
+  rest: "runtime and libraries",
 };
 
 export function memoryPanel() {
-  const keys = Object.entries(NAMES).filter(([key]) => key !== "activations");
-  const legend = el("ul", { class: "legend" }, keys.map(([key, name]) => el("li", {}, el("i", { class: `swatch ${key}` }), name)));
+  const legend = el("ul", { class: "legend" }, Object.entries(NAMES).map(([key, name]) => el("li", {}, el("i", { class: `swatch ${key}` }), name)));
   const rows = el("div", { class: "memory" });
   const update = ({ variants }) => {
     const shown = variants.filter((variant) => Number.isFinite(variant.storedBytes));
@@ -26,7 +25,7 @@ export function memoryPanel() {
     keyed(rows, shown, (v) => v.name, makeRow, (row, v) => updateRow(row, v, widest, whole));
   };
   const available = ({ variants }) => variants.some((variant) => Number.isFinite(variant.storedBytes));
-  const lead = "Above: the stored weights. Below, thin and on a scale of its own: all that the variant holds.";
+  const lead = "Above: the stored weights. Below, thin and on a scale of its own: all that the variant holds now.";
   return panel({ id: "memory", title: "Memory", lead, update, available }, legend, rows);
 }
 
@@ -39,13 +38,11 @@ function storedParts(variant) {
   return parts({ weights, quantization, saved: savedBytes(variant) });
 }
 
-/** On a CPU all of it is the process's own memory, so what is left of that can be told. */
-function heldParts(variant) {
-  const { weights, quantization = 0, kv_cache: reserved = 0, activations = 0, process = 0 } = variant.memory;
-  const used = reserved * (variant.kvUsage || 0);
-  const onCpu = (variant.report?.device ?? "cpu").startsWith("cpu");
-  const rest = onCpu ? process - weights - quantization - reserved - activations : 0;
-  return parts({ weights, quantization, kv_cache: used, kv_free: reserved - used, activations, rest });
+/** What is really there of it, which adds up to the process, or to its share of a GPU (docs/OPERATIONS.md). */
+function heldParts({ memory, kvUsage }) {
+  const { weights_resident: weights, quantization, kv_cache_resident: cache = 0, allocator, runtime: rest } = memory;
+  const used = Math.min(memory.kv_cache_used ?? memory.kv_cache * (kvUsage || 0), cache);
+  return parts({ weights, quantization, kv_cache: used, kv_free: cache - used, allocator, rest });
 }
 
 function parts(sizes) {
@@ -87,7 +84,7 @@ function factsOf(variant) {
     ["saved", `${percent(1 - 1 / variant.compressionRatio)} (${bytes(savedBytes(variant))})`],
     ["ratio", factor(variant.compressionRatio)],
     ["bits per weight", number(variant.bitsPerWeight)],
-    ["KV cache", bytes(variant.memory.kv_cache)],
+    ["KV cache reserved", bytes(variant.memory.kv_cache)],
     ["whole process", bytes(variant.memory.process)],
     ["peak while loading", bytes(variant.peakLoadBytes)],
     ["loaded in", duration(variant.loadTotalSeconds)],

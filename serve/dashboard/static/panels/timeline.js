@@ -16,6 +16,7 @@ const LINES = [
   ["Errors", "share of requests, over half a minute", (v) => percent(v, 2), LONG_S, (stats) => stats.errorRatio],
   ["First token, p90", "over half a minute", (v) => duration(v, 2), LONG_S, (stats) => quantile(stats.ttft, 0.9)],
   ["Next token, p90", "over half a minute", (v) => duration(v, 2), LONG_S, (stats) => quantile(stats.itl, 0.9)],
+  ["Whole answer, p90", "over half a minute", (v) => duration(v, 2), LONG_S, (stats) => quantile(stats.e2e, 0.9)],
 ];
 
 export function timelinePanel() {
