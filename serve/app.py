@@ -13,8 +13,7 @@ on that port itself, one hop less, with no proxy of Serve's whose own routes wou
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,10 @@ from serve.config import Config, default_config, load_config, parse_config
 from serve.errors import ConfigError
 from serve.generation import GenerationRequest, Prompt
 from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, View
-from serve.hop import Parcel
 from serve.pairs import Kept, Scores, Side
 from serve.remote import Handle
 from serve.variant import Variant
+from serve.wire import Channel
 
 __all__ = ["APP_NAME", "build", "graph"]
 
@@ -40,7 +39,6 @@ APP_NAME = "halftone"
 _LONGEST_STREAM_S = 600.0
 """How long a replica that must go may still finish its streams."""
 _INGRESS_STREAMS = 4096
-_HELD_RECORDINGS = 16
 
 if loopback.is_on():
     loopback.apply()
@@ -94,19 +92,12 @@ class _VariantDeployment:
 
         process = rayserve.get_replica_context().replica_id.unique_id
         self._replica = Replica(model_name, variant, RemoteController(controller).replica, process)
-        self._handed_on: deque[Any] = deque(maxlen=_HELD_RECORDINGS)
         await self._replica.open()
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
-        async for item in self._replica.generate(request, channel):
-            if isinstance(item, Kept):
-                # The ingress hands the reference on; it never sees what it refers to. It is held here meanwhile, for
-                # Ray frees an object whose reference travels in a stream before the receiver has borrowed it.
-                reference = await asyncio.to_thread(ray.put, item.content)
-                self._handed_on.append(reference)
-                yield Kept(reference)
-            else:
-                yield item
+    async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None:
+        kept = await self._replica.generate(request, channel)
+        # The ingress hands the reference on; it never sees what it refers to.
+        return Kept(await asyncio.to_thread(ray.put, kept.content)) if kept else None
 
     async def score(self, kept: Kept, side: Side) -> Scores:
         return await self._replica.score(await kept.content, side)
@@ -199,12 +190,20 @@ class _IngressDeployment:
         listen: Mapping[str, Any] | None,
     ) -> None:
         from serve.api.app import create_app
+        from serve.hop import Inbox
         from serve.listener import Listener
         from serve.remote import RemoteController, RemoteExperiments, RemoteRollouts, RemoteVariant
         from serve.router import Router
+        from serve.wire import Terminal
 
+        inbox = Inbox()
+        self._terminal = Terminal(inbox.accept)
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        channel = await self._terminal.open(host)
         links = {name: RemoteVariant(name, handle) for name, handle in variants.items()}
-        self._router = Router(config.model_name, links, RemoteController(controller), drift=config.drift)
+        self._router = Router(
+            config.model_name, links, RemoteController(controller), inbox, channel, drift=config.drift
+        )
         self._app = create_app(self._router, config.api, RemoteRollouts(controller), RemoteExperiments(controller))
         self._router.open()
         self._listener = Listener(self._app, **listen, shared=config.ingresses > 1) if listen else None
@@ -225,6 +224,7 @@ class _IngressDeployment:
     async def __del__(self) -> None:  # Serve awaits it
         await self.drain(0.0)
         await self._router.close()
+        await self._terminal.close()
 
 
 _deployment: Callable[..., Any] = partial(

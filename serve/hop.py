@@ -1,26 +1,26 @@
 """How tokens cross from a replica to an ingress: one message per engine step and ingress, not one per stream.
 
-Every request is one streaming call of Ray Serve's, so that its routing, backpressure, accounting and draining hold. But
-a message costs about a millisecond whatever it carries, so the open streams that one ingress has on one replica share
-the ride: the **oldest** carries the events of all of them, the others are silent.
+Every request is one call of Ray Serve's, so that its routing, backpressure, accounting and draining hold. But a message
+through Ray costs about a millisecond whatever it carries, so the call returns only at the end, and what is said
+meanwhile goes over a connection of our own (`serve.wire`), which all requests of one ingress share.
 
-    replica                                    ingress
-    engine step -> Outbox.put(events)          Inbox.accept(parcel) -> Mailbox of each call
-                     |   oldest stream yields     ^
-                     +---- Parcel 0, 1, 2 ... ----+
+    replica                                          ingress
+    engine step -> Outbox.put(events)                Inbox.accept(parcel) -> Mailbox of each call
+                     |                                  ^
+                     +---- Parcel, Parcel, Parcel ... --+
 
-A parcel takes whatever has gathered since the last one left: the first token never waits, and a slow hop packs more.
-A stream ends once the last event of its request has been handed out, by whichever stream; then the next oldest carries.
-Two streams may overtake one another on the way, so parcels are numbered and the inbox puts them back in order.
+A parcel takes whatever has gathered since the last one left: the first token never waits, and a slow way packs more.
+A request ends once the last event of it has left. Its call may return before that event arrives: whoever waits for
+both gives the slower one a moment.
 
-Plain asyncio: no Ray, no engine, no HTTP. All calls on one event loop.
+Plain asyncio: no Ray, no sockets, no engine, no HTTP. All calls on one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.errors import HalftoneError, VariantUnavailable
@@ -39,77 +39,84 @@ _FOLD_AT = 256
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """The events of one or more engine steps for one ingress. `number` counts from 0 per replica and channel."""
+    """The events of one or more engine steps for one ingress."""
 
     replica: str
-    channel: str
-    number: int
     events: tuple[Event, ...]
 
 
 class Outbox:
-    """The replica's end of one channel: events of one ingress's requests, waiting to be carried."""
+    """The replica's end of one way to an ingress: what is open there, and what could not leave yet.
 
-    def __init__(self, replica: str, channel: str) -> None:
+    It begins shut. `lead` opens it, to whatever takes a parcel at once; `shut` is for a way that is full, `fail` for
+    one that has broken: it ends all that is open.
+    """
+
+    def __init__(self, replica: str) -> None:
         self._replica = replica
-        self._channel = channel
-        self._number = 0
+        self._way: Callable[[Parcel], None] | None = None
         self._pending: list[Event] = []
         self._unfinished: dict[str, int] = {}  # choices that have not ended, by request
-        self._riders: dict[str, asyncio.Event] = {}  # open streams, oldest first
+        self._ends: dict[str, asyncio.Future[None]] = {}
+
+    def lead(self, way: Callable[[Parcel], None]) -> None:
+        self._way = way
+        self._send()
+
+    def shut(self) -> None:
+        self._way = None
+
+    def fail(self, error: HalftoneError) -> None:
+        for request_id in list(self._unfinished):
+            self._end(request_id, error)
+        self._pending.clear()
 
     def open(self, request: GenerationRequest) -> None:
         """Before the request's first event."""
         self._unfinished[request.request_id] = request.n
+        self._ends[request.request_id] = asyncio.get_running_loop().create_future()
 
     def put(self, events: Iterable[Event]) -> None:
         """What one engine step made; events of requests that are not open here (any more) are dropped."""
         self._pending += [event for event in events if event.request_id in self._unfinished]
-        self._wake_carrier()
-
-    async def carry(self, request_id: str) -> AsyncGenerator[Parcel, None]:
-        """The stream of one request: parcels while it is the oldest, nothing otherwise; ends with its request."""
-        bell = self._riders.setdefault(request_id, asyncio.Event())
-        self._wake_carrier()
-        try:
-            while request_id in self._unfinished:
-                await bell.wait()
-                bell.clear()
-                while self._pending and self._carrier() == request_id and request_id in self._unfinished:
-                    yield self._pack()
-        finally:
-            del self._riders[request_id]
-            self.close(request_id)
-            self._wake_carrier()
+        self._send()
 
     def close(self, request_id: str) -> None:
-        """End a request here and now: what waits of it is dropped and its stream ends."""
-        if self._unfinished.pop(request_id, None) is not None:
+        """End a request here and now: what waits of it is dropped."""
+        if request_id in self._unfinished:
             self._pending = [event for event in self._pending if event.request_id != request_id]
-        if bell := self._riders.get(request_id):
-            bell.set()
+            self._end(request_id)
 
-    def _carrier(self) -> str | None:
-        return next(iter(self._riders), None)
+    async def ended(self, request_id: str) -> None:
+        """Wait for the end of an open request. Raises what broke the way."""
+        try:
+            await self._ends[request_id]
+        finally:
+            self.close(request_id)
+            del self._ends[request_id]
 
-    def _wake_carrier(self) -> None:
-        if self._pending and (carrier := self._carrier()) is not None:
-            self._riders[carrier].set()
-
-    def _pack(self) -> Parcel:
-        parcel = Parcel(self._replica, self._channel, self._number, tuple(self._pending))
-        self._number += 1
-        self._pending.clear()
-        for event in parcel.events:
+    def _send(self) -> None:
+        if self._way is None or not self._pending:
+            return
+        events, self._pending = tuple(self._pending), []
+        self._way(Parcel(self._replica, events))
+        for event in events:
             self._account(event)
-        return parcel
 
     def _account(self, event: Event) -> None:
         left = self._unfinished.get(event.request_id, 0) - ended_choices(event)
         if isinstance(event, Failure) or left <= 0:
-            self.close(event.request_id)
+            self._end(event.request_id)
         else:
             self._unfinished[event.request_id] = left
+
+    def _end(self, request_id: str, error: HalftoneError | None = None) -> None:
+        if self._unfinished.pop(request_id, None) is None or (end := self._ends[request_id]).done():
+            return
+        if error:
+            end.set_exception(error)
+        else:
+            end.set_result(None)
 
 
 class Mailbox:
@@ -203,28 +210,12 @@ class Mailbox:
 
 
 class Inbox:
-    """The ingress's end of all streams from all replicas: order restored, events dealt out to the calls' mailboxes.
+    """The ingress's end of all ways from all replicas: events are dealt out to the calls' mailboxes."""
 
-    Nothing is ever skipped: behind a parcel that is missing everything waits, and a request whose stream has ended
-    without its last event is the caller's to fail. New requests then ride on a new channel, which counts afresh.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._epoch = 0
+    def __init__(self) -> None:
         self._mailboxes: dict[str, Mailbox] = {}
-        self._sequences: dict[tuple[str, str], _Sequence] = {}
         self._served_by: dict[str, str] = {}  # request -> replica, once an event of it has come
         self._refused: dict[str, str] = {}  # request -> the replica that it was taken away from
-
-    @property
-    def channel(self) -> str:
-        """What new requests name as their way back: an outbox of the replica belongs to one channel."""
-        return f"{self._name}.{self._epoch}"
-
-    def renew(self) -> None:
-        """The channel has lost something; those who ride on it may finish, nobody else gets on."""
-        self._epoch += 1
 
     @property
     def open_requests(self) -> int:
@@ -244,37 +235,15 @@ class Inbox:
             self._refused[request_id] = replica
 
     def accept(self, parcel: Parcel) -> None:
-        for due in self._sequences.setdefault((parcel.replica, parcel.channel), _Sequence()).in_order(parcel):
-            for event in due.events:
-                self._deliver(due.replica, event)
+        for event in parcel.events:
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is not None and self._refused.get(event.request_id) != parcel.replica:
+                self._served_by[event.request_id] = parcel.replica
+                mailbox.put(event)
 
     def fail(self, request_id: str, error: HalftoneError) -> None:
         if mailbox := self._mailboxes.get(request_id):
             mailbox.put(Failure(request_id, error))
-
-    def _deliver(self, replica: str, event: Event) -> None:
-        mailbox = self._mailboxes.get(event.request_id)
-        if mailbox is None or self._refused.get(event.request_id) == replica:
-            return
-        self._served_by[event.request_id] = replica
-        mailbox.put(event)
-
-
-class _Sequence:
-    """Parcels by number: one that comes early waits for those before it, one that comes twice is dropped."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._early: dict[int, Parcel] = {}
-
-    def in_order(self, parcel: Parcel) -> list[Parcel]:
-        if parcel.number >= self._next:
-            self._early[parcel.number] = parcel
-        due = []
-        while self._next in self._early:
-            due.append(self._early.pop(self._next))
-            self._next += 1
-        return due
 
 
 def ended_choices(event: Event) -> int:

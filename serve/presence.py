@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from serve.heartbeat import VariantState, View
 from serve.hop import ReplicaDied
@@ -70,25 +70,18 @@ class Presence:
                 return await self._present[variant].wait()
         return False
 
-    async def guarded(
-        self, variant: str, stream: AsyncIterator[T], is_unanswered: Callable[[], bool]
-    ) -> AsyncGenerator[T, None]:
-        """The stream itself; ReplicaDied if the variant goes away while nothing at all has come for the request."""
-        items = aiter(stream)
-        first = asyncio.ensure_future(anext(items))
+    async def guarded(self, variant: str, call: Coroutine[Any, Any, T], is_unanswered: Callable[[], bool]) -> T:
+        """What the call returns; ReplicaDied if the variant goes away while nothing at all has come for the request."""
+        answering = asyncio.ensure_future(call)
         absent = asyncio.ensure_future(self._absent[variant].wait())
         try:
-            await asyncio.wait({first, absent}, return_when=asyncio.FIRST_COMPLETED)
-            if not first.done() and is_unanswered():
+            await asyncio.wait({answering, absent}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and is_unanswered():
                 raise Gone(f"variant {variant!r} went away; try again", retry_after_s=_RETRY_S)
-            with suppress(StopAsyncIteration):
-                yield await first
-                while True:
-                    yield await anext(items)
+            return await answering
         finally:
             absent.cancel()
-            if not first.done():
-                first.cancel()
+            answering.cancel()
 
     def _adopt(self, view: View) -> None:
         self.view = view

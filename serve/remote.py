@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from ray.serve.exceptions import (
 from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, Orders, ReplicaBeat, View
-from serve.hop import Parcel, ReplicaDied
+from serve.hop import ReplicaDied
 from serve.pairs import Kept, Scores, Side
+from serve.wire import Channel
 
 __all__ = ["Handle", "RemoteController", "RemoteExperiments", "RemoteRollouts", "RemoteVariant", "as_halftone"]
 
@@ -38,19 +39,16 @@ class RemoteVariant:
     def __init__(self, name: str, handle: Handle) -> None:
         self._name = name
         self._handle = handle
-        # Not over Serve's gRPC, though it is a millisecond faster each way: a stream that ends without a message of its
-        # own, as many do here (`serve.hop`), counts as broken there now and then.
-        self._stream = handle.options(stream=True)
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
+    async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None:
         with _mapped(f"variant {self._name!r}"):
-            stream = self._stream.generate.remote(request, channel)
+            response = self._handle.generate.remote(request, channel)
             try:
-                async for parcel in stream:
-                    yield parcel
+                kept: Kept | None = await response
             except asyncio.CancelledError:
-                stream.cancel()  # it may still wait for a replica to be sent to
+                response.cancel()  # it may still wait for a replica to be sent to
                 raise
+            return kept
 
     async def score(self, kept: Kept, side: Side) -> Scores:
         with _mapped(f"variant {self._name!r}"):

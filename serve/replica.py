@@ -14,8 +14,8 @@ import ctypes
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from serve.metrics import Recorder, VariantLabels
 from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
 from serve.place import here
 from serve.variant import Variant
+from serve.wire import Channel, Lines
 
 if TYPE_CHECKING:
     from serve.drift import Keeper, Pairing, Room
@@ -78,7 +79,7 @@ class Replica:
         self._place = here()
         self._needs: Mapping[str, int] = {}
         self._recorder = Recorder()
-        self._outboxes: dict[str, Outbox] = {}
+        self._lines = Lines(process)
         self._outbox_of: dict[str, Outbox] = {}
         self._aborted: deque[str] = deque(maxlen=_REMEMBERED_ABORTS)
         self._keepers: dict[str, Keeper] = {}
@@ -116,6 +117,7 @@ class Replica:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._serving:
             await asyncio.to_thread(self._serving.close)
+        await self._lines.close()
         await self._say(replace(self._now(), leaving=True))
 
     def check_health(self) -> None:
@@ -125,17 +127,17 @@ class Replica:
 
     # Calls
 
-    async def generate(
-        self, request: GenerationRequest, channel: str, witness: Witness | None = None
-    ) -> AsyncGenerator[Parcel | Kept, None]:
-        """The stream of one request; it may carry the events of all requests of its channel (see `serve.hop`).
+    async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None:
+        """Answer a request: its events leave by `channel`, and this returns once the last one has left.
 
-        A request whose pass is to be kept yields its recording at the very end, when the client has everything.
+        Returns the recording of a request whose pass was to be kept.
         """
+        if request.request_id in self._aborted:
+            return None
+        return await self._answer(request, self._lines.outbox(channel))
+
+    async def _answer(self, request: GenerationRequest, outbox: Outbox, witness: Witness | None = None) -> Kept | None:
         request_id = request.request_id
-        if request_id in self._aborted:
-            return
-        outbox = self._outboxes.setdefault(channel, Outbox(self._process, channel))
         outbox.open(request)
         if not self._outbox_of:
             self._turned.set()
@@ -143,11 +145,9 @@ class Replica:
         self._spawn(self._submit(request, witness))
         whole = False
         try:
-            async for parcel in outbox.carry(request_id):
-                yield parcel
+            await outbox.ended(request_id)
             whole = True
-            if recorded := await self._recording(request_id):
-                yield recorded
+            return await self._recording(request_id)
         finally:
             del self._outbox_of[request_id]
             if keeper := self._keepers.pop(request_id, None):
@@ -171,17 +171,22 @@ class Replica:
         request = GenerationRequest(name, recording.token_ids, params, priority=SCORING_PRIORITY)
         self._scorings += 1
         try:
-            async with asyncio.timeout(_SCORING_S), aclosing(self.generate(request, name, pairing)) as parcels:
-                async for parcel in parcels:
-                    for event in parcel.events if isinstance(parcel, Parcel) else ():
-                        if isinstance(event, Failure):
-                            raise event.error
+            async with asyncio.timeout(_SCORING_S):
+                await self._answer_here(request, pairing)
         except TimeoutError as error:
             raise Overloaded("users left no room to score a text") from error
         finally:
             self._scorings -= 1
-            self._outboxes.pop(name, None)
         return pairing.scores()
+
+    async def _answer_here(self, request: GenerationRequest, witness: Witness | None = None) -> None:
+        """Compute an answer that nobody reads. Raises what it failed with."""
+        outbox, parcels = Outbox(self._process), list[Parcel]()
+        outbox.lead(parcels.append)
+        await self._answer(request, outbox, witness)
+        for event in (event for parcel in parcels for event in parcel.events):
+            if isinstance(event, Failure):
+                raise event.error
 
     async def _recording(self, request_id: str) -> Kept | None:
         keeper = self._keepers.get(request_id)
@@ -225,7 +230,7 @@ class Replica:
             self._deliver([Failure(request.request_id, error)])
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        """One step's events, each to the outbox of its channel."""
+        """One step's events, each to the outbox of its ingress."""
         by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
         for event in events:
             if outbox := self._outbox_of.get(event.request_id):
@@ -273,9 +278,8 @@ class Replica:
         self._stage = ("warm up", 0.0)
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         request = GenerationRequest("warm-up", (0, 0), params)
-        async for _ in self.generate(request, "warm-up"):
-            pass
-        del self._outboxes["warm-up"]
+        with suppress(HalftoneError):  # a client that meets the same learns it
+            await self._answer_here(request)
 
     # Reports
 

@@ -3,12 +3,12 @@
 The router is the rim's `Backend`. It knows the variants as `Link`s and the controller as a `Control`, two small seams
 that `serve.remote` fills with Ray handles and the tests with fakes. It knows no Ray, no HTTP and no model.
 
-    start(call)  ->  pin or deal  ->  one task per prompt drives a stream  ->  Inbox  ->  Mailbox  ->  Answer.events
+    start(call)  ->  pin or deal  ->  one task per prompt asks a replica;  Inbox  ->  Mailbox  ->  Answer.events
                                                                                             |
                                                      once a second to the controller  <-  Journal (metrics, outcomes)
 
-A stream that carries is never cancelled: it may hold other requests' tokens. Whoever gives up asks the replica to
-abort, and the stream runs out by itself, in a task that belongs to the router and not to the HTTP request.
+A request belongs to a task of the router's and not to the HTTP request: whoever gives up asks the replica to abort, and
+the call ends by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -33,13 +33,14 @@ from serve.errors import (
 )
 from serve.generation import Disclosure, Event, GenerationRequest, Prompt, Tokenized
 from serve.heartbeat import IngressBeat, VariantState, View
-from serve.hop import Inbox, Mailbox, Parcel, ReplicaDied
+from serve.hop import Inbox, Mailbox, ReplicaDied
 from serve.journal import Journal, Trace, code_of
 from serve.mirror import Mirror
 from serve.pairs import DriftSettings, Kept, Scores, Side
 from serve.presence import Presence
 from serve.rollout import Assignment, Split, assign
 from serve.scoring import Sample, Scorer
+from serve.wire import Channel
 
 __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
 
@@ -48,7 +49,7 @@ _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.2
 _LEAST_BEAT_S = 0.05
 _LATE_S = 5.0
-"""How long the last events of a request may lag behind the end of its stream, carried by another."""
+"""How long the last events of a request may lag behind the end of its call, which takes another way."""
 _SUCCESSOR_S = 10.0
 """How long a request whose only replica died waits for the next one; a variant that crashes again and again must not
 keep it."""
@@ -59,7 +60,7 @@ _FAILED_RETRY_S = 60.0
 class Link(Protocol):
     """One variant, from afar. Raises HalftoneErrors alone; `ReplicaDied` where a replica broke under the request."""
 
-    def generate(self, request: GenerationRequest, channel: str) -> AsyncIterator[Parcel | Kept]: ...
+    async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None: ...
 
     async def score(self, kept: Kept, side: Side) -> Scores: ...
 
@@ -90,15 +91,19 @@ class Router:
         model_name: str,
         links: Mapping[str, Link],
         control: Control,
+        inbox: Inbox,
+        channel: Channel,
         name: str | None = None,
         drift: DriftSettings | None = None,
     ) -> None:
+        """inbox: where all that comes by `channel` arrives."""
         self._model_name = model_name
         self._links = links
         self._control = control
         self._name = name or uuid4().hex[:12]
         self._presence = Presence()
-        self._inbox = Inbox(self._name)
+        self._inbox = inbox
+        self._channel = channel
         self._journal = Journal(model_name, self._name)
         self._scorer = Scorer(drift, links, self._journal)
         self._mirror = Mirror(self._journal, self._ask_unread)
@@ -111,7 +116,7 @@ class Router:
         self._spawn(self._beat_for_ever())
 
     async def close(self) -> None:
-        """Stop all tasks; streams that are still open break."""
+        """Stop all tasks; answers that are still open break."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -284,10 +289,10 @@ class Router:
         request = replace(request, keep=sample.keep) if sample else request
         try:
             try:
-                kept = await self._stream(request, variant, answer.mailbox)
+                kept = await self._ask(request, variant, answer.mailbox)
             except ReplicaDied as death:
                 variant = await self._second_try(request_id, variant, answer, death)
-                kept = await self._stream(request, variant, answer.mailbox)
+                kept = await self._ask(request, variant, answer.mailbox)
             await self._settle(request_id, answer.mailbox)
             ended = variant == drawn and not answer.mailbox.is_cut_short(request_id)
         except HalftoneError as error:
@@ -299,15 +304,9 @@ class Router:
         if sample and ended:
             await self._scorer.score(sample, kept, trace)
 
-    async def _stream(self, request: GenerationRequest, variant: str, mailbox: Mailbox) -> Kept | None:
-        items = self._links[variant].generate(request, self._inbox.channel)
-        unanswered, kept = partial(mailbox.is_unanswered, request.request_id), None
-        async for item in self._presence.guarded(variant, items, unanswered):
-            if isinstance(item, Kept):
-                kept = item
-            else:
-                self._inbox.accept(item)
-        return kept
+    async def _ask(self, request: GenerationRequest, variant: str, mailbox: Mailbox) -> Kept | None:
+        call = self._links[variant].generate(request, self._channel)
+        return await self._presence.guarded(variant, call, partial(mailbox.is_unanswered, request.request_id))
 
     async def _second_try(self, request_id: str, variant: str, answer: RoutedAnswer, death: ReplicaDied) -> str:
         """Where a request goes whose replica died before its first token: to another one of its variant. Where none
@@ -334,12 +333,11 @@ class Router:
         answer.move(self._links[state.name], _disclosure(state, assignment), trace)
 
     async def _settle(self, request_id: str, mailbox: Mailbox) -> None:
-        """The stream has ended; its last events may still be on their way in another."""
+        """The call has ended; the last events may still be on their way."""
         try:
             async with asyncio.timeout(_LATE_S):
                 await mailbox.ended(request_id)
         except TimeoutError as error:
-            self._inbox.renew()
             raise GenerationFailed("the end of the answer was lost on its way from the replica") from error
 
     def abandon(self, link: Link, mailbox: Mailbox) -> None:

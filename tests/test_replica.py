@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from serve.config import Config, serve_source
-from serve.errors import ContextLengthExceeded, HalftoneError, InvalidRequest, VariantUnavailable
+from serve.errors import ContextLengthExceeded, GenerationFailed, HalftoneError, InvalidRequest, VariantUnavailable
 from serve.generation import Delta, Event, Failure, GenerationRequest, Prompt, PromptDelta, SamplingParams
 from serve.heartbeat import Orders, ReplicaBeat
 from serve.hop import Parcel
 from serve.replica import Replica
 from serve.upkeep.energy import EnergyMeter, Processor
 from serve.upkeep.rapl import Rapl
+from serve.wire import Channel, Terminal
 from tests.upkeep.powercap import Powercap
 
 
@@ -57,27 +58,66 @@ async def replica(beats: Beats) -> AsyncIterator[Replica]:
     await made.close()
 
 
+class Ingress:
+    """One that hears what comes of its requests, over a connection of its own."""
+
+    def __init__(self) -> None:
+        self.heard: list[Parcel] = []
+        self._terminal = Terminal(self.heard.append)
+
+    async def open(self) -> Channel:
+        self.channel = await self._terminal.open("127.0.0.1")
+        return self.channel
+
+    async def close(self) -> None:
+        await self._terminal.close()
+
+    async def until(self, is_enough: Callable[[list[Event]], bool]) -> list[Event]:
+        async with asyncio.timeout(60):
+            while not is_enough(events(self.heard)):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        return events(self.heard)
+
+
+@pytest.fixture
+async def ingress() -> AsyncIterator[Ingress]:
+    made = Ingress()
+    await made.open()
+    yield made
+    await made.close()
+
+
 def request(name: str, prompt: Prompt = "Once upon a time", **params: object) -> GenerationRequest:
     options = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True, **params}
     return GenerationRequest(name, prompt, SamplingParams(**options))  # type: ignore[arg-type]
 
 
 async def parcels(replica: Replica, *requests: GenerationRequest) -> list[Parcel]:
-    async def ride(one: GenerationRequest) -> list[Parcel]:
-        return [parcel async for parcel in replica.generate(one, "ingress.0")]
+    """What comes of requests by the time that all have ended, at an ingress that is theirs alone."""
+    ingress = Ingress()
+    channel = await ingress.open()
+    await asyncio.wait_for(asyncio.gather(*(replica.generate(one, channel) for one in requests)), 60)
+    names = {one.request_id for one in requests} - set(replica._aborted)
+    await ingress.until(lambda heard: names == {event.request_id for event in heard if is_last(event)})
+    await ingress.close()
+    return ingress.heard
 
-    ridden = await asyncio.wait_for(asyncio.gather(*map(ride, requests)), 60)
-    return sorted((parcel for rides in ridden for parcel in rides), key=lambda parcel: parcel.number)
+
+def is_last(event: Event) -> bool:
+    return isinstance(event, Failure) or (isinstance(event, Delta) and event.finish_reason is not None)
+
+
+def has_tokens(heard: list[Event]) -> bool:
+    return any(isinstance(event, Delta) for event in heard)
 
 
 def events(ridden: list[Parcel]) -> list[Event]:
     return [event for parcel in ridden for event in parcel.events]
 
 
-async def test_many_requests_of_one_ingress_share_their_parcels(replica: Replica) -> None:
+async def test_requests_of_one_ingress_share_their_parcels(replica: Replica) -> None:
     ridden = await parcels(replica, *(request(f"r{index}", max_tokens=20) for index in range(12)))
     made = events(ridden)
-    assert [parcel.number for parcel in ridden] == list(range(len(ridden)))
     assert sum(len(event.token_ids) for event in made if isinstance(event, Delta)) == 240
     assert len(ridden) < 240 / 4
     for index in range(12):
@@ -146,11 +186,12 @@ async def test_what_refuses_a_request_is_its_one_event(
     assert isinstance(made[0].error, error)
 
 
-async def test_an_abort_ends_the_stream_and_frees_the_engine(replica: Replica, beats: Beats) -> None:
-    stream = replica.generate(request("a", max_tokens=900), "ingress.0")
-    await anext(stream)
+async def test_an_abort_ends_the_call_and_frees_the_engine(replica: Replica, ingress: Ingress) -> None:
+    call = asyncio.create_task(replica.generate(request("a", max_tokens=900), ingress.channel))
+    await ingress.until(has_tokens)
     await replica.abort(["a", "unknown"])
-    assert [parcel async for parcel in stream] == []
+    await asyncio.wait_for(call, 10)
+    assert not any(map(is_last, events(ingress.heard)))
     async with asyncio.timeout(10):
         while is_running(replica):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -166,16 +207,33 @@ async def test_an_abort_that_comes_before_its_request_turns_it_away(replica: Rep
     assert await parcels(replica, request("late")) == []
 
 
-async def test_a_stream_that_breaks_aborts_its_request_and_hands_over_to_the_next(replica: Replica) -> None:
-    first = replica.generate(request("a", max_tokens=900), "ingress.0")
-    await anext(first)
-    second = asyncio.create_task(parcels(replica, request("b", max_tokens=30)))
-    await asyncio.sleep(0.05)
-    await first.aclose()
-    made = [event for event in events(await second) if event.request_id == "b"]
-    assert sum(len(event.token_ids) for event in made if isinstance(event, Delta)) <= 30
-    assert isinstance(made[-1], Delta)
-    assert made[-1].finish_reason == "length"
+async def test_a_call_that_is_cancelled_aborts_its_request_and_no_other(replica: Replica, ingress: Ingress) -> None:
+    first = asyncio.create_task(replica.generate(request("a", max_tokens=900), ingress.channel))
+    await ingress.until(has_tokens)
+    second = asyncio.create_task(replica.generate(request("b", max_tokens=30), ingress.channel))
+    first.cancel()
+    await asyncio.wait_for(second, 60)
+    made = await ingress.until(lambda heard: any(map(is_last, heard)))
+    assert [event.request_id for event in made if is_last(event)] == ["b"]
+    async with asyncio.timeout(10):
+        while is_running(replica):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_an_ingress_that_goes_away_ends_what_it_asked_for_and_the_next_is_answered(
+    replica: Replica, ingress: Ingress
+) -> None:
+    call = asyncio.create_task(replica.generate(request("a", max_tokens=900), ingress.channel))
+    await ingress.until(has_tokens)
+    await ingress.close()
+    with pytest.raises(GenerationFailed, match="broke"):
+        await asyncio.wait_for(call, 10)
+    async with asyncio.timeout(10):
+        while is_running(replica):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    with pytest.raises(VariantUnavailable, match="cannot reach"):
+        await asyncio.wait_for(replica.generate(request("b"), ingress.channel), 10)
+    assert any(map(is_last, events(await parcels(replica, request("c")))))
 
 
 async def test_text_goes_there_and_back(replica: Replica) -> None:
@@ -215,7 +273,7 @@ async def test_an_engine_that_has_died_is_ill(replica: Replica) -> None:
 
 
 async def test_a_replica_gives_its_memory_back_when_it_is_told_and_loads_again_when_it_is_wanted(
-    replica: Replica, beats: Beats
+    replica: Replica, beats: Beats, ingress: Ingress
 ) -> None:
     async def until(state: str) -> ReplicaBeat:
         async with asyncio.timeout(60):
@@ -225,16 +283,17 @@ async def test_a_replica_gives_its_memory_back_when_it_is_told_and_loads_again_w
 
     loaded = await until("ready")
     assert loaded.needs["weights"] > 1_000_000
-    open_stream = replica.generate(request("open", max_tokens=40), "ingress.0")
-    first = await anext(open_stream)
+    open_call = asyncio.create_task(replica.generate(request("open", max_tokens=40), ingress.channel))
+    await ingress.until(has_tokens)
     beats.resident = False
     async with asyncio.timeout(10):
         while replica._state != "freed":  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    refused = events([parcel async for parcel in replica.generate(request("late"), "another")])
+    refused = events(await parcels(replica, request("late")))
     assert isinstance(refused[-1], Failure)
-    rest = [first, *[parcel async for parcel in open_stream]]
-    assert sum(len(e.token_ids) for e in events(rest) if isinstance(e, Delta) and e.request_id == "open") == 40
+    await asyncio.wait_for(open_call, 60)
+    heard = await ingress.until(lambda heard: any(map(is_last, heard)))
+    assert sum(len(event.token_ids) for event in heard if isinstance(event, Delta)) == 40
     freed = await until("freed")
     assert not freed.memory
     assert freed.needs == loaded.needs  # what it would take again

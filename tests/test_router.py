@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,18 +31,22 @@ from serve.generation import (
     Tokenized,
 )
 from serve.heartbeat import IngressBeat, State, VariantState, View
-from serve.hop import Outbox, Parcel, ReplicaDied
+from serve.hop import Inbox, Parcel, ReplicaDied
 from serve.metrics import Snapshot
 from serve.pairs import DriftSettings, Kept, Scores, Side
 from serve.rollout import Outcome, Split, assign
 from serve.router import RoutedAnswer, Router
+from serve.wire import Channel
+
+CHANNEL = Channel("127.0.0.1", 1, b"")
 
 
 class FakeLink:
     """A replica of a few lines: says `tokens` words, or what its script tells it to."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, inbox: Inbox) -> None:
         self.name = name
+        self._inbox = inbox
         self.tokens = 3
         self.script: list[HalftoneError | None] = []
         self.die_after: int | None = None
@@ -55,11 +59,12 @@ class FakeLink:
         self.read: list[tuple[str, str, str]] = []
         self.blind: HalftoneError | None = None
 
-    async def generate(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel | Kept, None]:
-        async for parcel in self._parcels(request, channel):
-            yield parcel
-        if request.keep:
-            yield Kept((self.name, request.keep))
+    async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None:
+        assert channel == CHANNEL
+        async for parcel in self._parcels(request):
+            self._inbox.accept(parcel)
+            await asyncio.sleep(0)
+        return Kept((self.name, request.keep)) if request.keep else None
 
     async def score(self, kept: Kept, side: Side) -> Scores:
         self.read.append((*kept.content, side))
@@ -67,18 +72,15 @@ class FakeLink:
             raise self.blind
         return Scores((0.01, 0.03, 0.02), 2, 1, -0.1, 1, 5, 11.0, 10.0)
 
-    async def _parcels(self, request: GenerationRequest, channel: str) -> AsyncGenerator[Parcel, None]:
+    async def _parcels(self, request: GenerationRequest) -> AsyncIterator[Parcel]:
         self.asked.append(request.request_id)
         error = self.script.pop(0) if self.script else None
         if error:
             raise error
         if self.stuck:
             await asyncio.Event().wait()
-        outbox = Outbox(f"{self.name}-{len(self.asked)}", f"{channel}-{request.request_id}")
-        outbox.open(request)
-        outbox.put([PromptDelta(request.request_id, (1, 2))])
-        stream = outbox.carry(request.request_id)
-        yield await anext(stream)
+        replica = f"{self.name}-{len(self.asked)}"
+        yield Parcel(replica, (PromptDelta(request.request_id, (1, 2)),))
         for position in range(self.tokens):
             await self.hold.wait()
             if request.request_id in self.aborted:
@@ -86,10 +88,9 @@ class FakeLink:
             if self.die_after == position:
                 self.die_after = None
                 raise ReplicaDied("gone", retry_after_s=1)
-            outbox.put(self._events(request, position))
             if self.drop_last and position == self.tokens - 1:
                 return
-            yield await anext(stream)
+            yield Parcel(replica, tuple(self._events(request, position)))
 
     def _events(self, request: GenerationRequest, position: int) -> list[Event]:
         last = position == self.tokens - 1
@@ -177,9 +178,10 @@ class Stage:
     def __init__(
         self, states: Mapping[str, State], weights: Mapping[str, float], drift: DriftSettings | None = None
     ) -> None:
-        self.links = {name: FakeLink(name) for name in states}
+        inbox = Inbox()
+        self.links = {name: FakeLink(name, inbox) for name in states}
         self.control = FakeControl(states, weights)
-        self.router = Router("m", self.links, self.control, name="ingress", drift=drift)
+        self.router = Router("m", self.links, self.control, inbox, CHANNEL, name="ingress", drift=drift)
         self._numbers = iter(range(1000))
 
     async def beat(self) -> Stage:
