@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -179,8 +179,11 @@ def _mapped(who: str) -> Iterator[None]:
 
 def as_halftone(error: Exception, who: str) -> HalftoneError:
     """Ray's word for it in ours. An error that we raised on the other side comes back as itself."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, HalftoneError):
-        return error.cause
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, HalftoneError):
+        return cause
+    if isinstance(cause, ObjectLostError):  # the process that put it into the object store is gone
+        return VariantUnavailable(f"what {who} was to read is gone with the replica that kept it", retry_after_s=5.0)
     if isinstance(error, BackPressureError):
         return Overloaded(f"{who} has as many requests as it can queue; try again shortly", retry_after_s=1.0)
     if isinstance(error, RayActorError | ReplicaUnavailableError):

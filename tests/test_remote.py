@@ -6,11 +6,18 @@ import warnings
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    ReferenceCountingAssertionError,
+)
 
-from serve.errors import GenerationFailed, HalftoneError, Overloaded
+from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import GenerationRequest, SamplingParams
 from serve.hop import ReplicaDied
+from serve.pairs import Kept
 from serve.wire import Channel
 
 with warnings.catch_warnings():
@@ -23,7 +30,7 @@ class Handle:
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
-        self.generate = self
+        self.generate = self.score = self
 
     async def remote(self, *_: Any) -> None:
         raise self._error
@@ -57,3 +64,12 @@ async def test_an_error_that_ray_brings_back_is_ours_alone_again() -> None:
         await call_that_breaks_with(both)
     assert type(caught.value) is Overloaded
     assert (str(caught.value), caught.value.retry_after_s) == ("full", 3.0)
+
+
+@pytest.mark.parametrize("lost", [ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError])
+async def test_a_recording_that_died_with_its_replica_is_no_data_and_no_failure(lost: type[ObjectLostError]) -> None:
+    """The reader meets it where it fetches the recording, and Ray brings it back as an error of the reader's task."""
+    error = lost("00" * 28, b"", "")
+    for met in (error, RayTaskError("score", "Traceback", error).as_instanceof_cause()):
+        with pytest.raises(VariantUnavailable, match="gone with the replica that kept it"):
+            await RemoteVariant("bf16", Handle(met)).score(Kept(None), "variant")

@@ -259,7 +259,9 @@ function nameMarks(plot, variants) {
   const ratio = globalThis.devicePixelRatio;
   const at = (index) => [plot.valToPos(plot.data[0][index], "x", true), plot.valToPos(plot.data[index + 2][index], "y", true)];
   const taken = variants.map((_, index) => at(index)).map(([x, y]) => ({ x: x - 6 * ratio, y, width: 12 * ratio }));
-  variants.forEach((variant, index) => {
+  const fromTheTop = [...variants.keys()].sort((a, b) => at(a)[1] - at(b)[1]);
+  for (const index of fromTheTop) {
+    const variant = variants[index];
     const [x, y] = at(index);
     const width = 6.5 * variant.name.length * ratio;
     const places = [x + 10 * ratio, x - 8 * ratio - width].flatMap((left) => [-9, 10].map((down) => ({ x: left, y: y + down * ratio, width })));
@@ -268,7 +270,7 @@ function nameMarks(plot, variants) {
     taken.push(place);
     write(plot, markOf(variant), x - 5 * ratio, y, { variant }, 15);
     write(plot, variant.name, place.x, place.y, { variant });
-  });
+  }
 }
 
 function write(plot, text, x, y, { variant }, size = 11) {
