@@ -19,7 +19,7 @@ from serve.engine.memory import lazy_zeros
 from serve.engine.runner import StepOutputs
 from serve.kernels import Decoder, DecoderShape, LayerWeights, PackedLinear, Span, release, unavailable
 
-__all__ = ["COVERED", "NativeRunner", "accelerate"]
+__all__ = ["COVERED", "NativeRunner", "accelerate", "is_covered"]
 
 COVERED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PROJECTIONS = {
@@ -65,6 +65,12 @@ class NativeRunner:
             inputs.token_ids[0], inputs.positions[0], spans, inputs.logit_rows, inputs.hidden_rows
         )
         return StepOutputs(logits, hidden.bfloat16() if inputs.keeping else None, best)  # the head reads them in bf16
+
+
+def is_covered(model: Any) -> bool:
+    """Whether the kernels are for models of this kind, this type, this machine. `accelerate` has the last word."""
+    known = type(model).__name__ in COVERED and model.dtype is torch.bfloat16
+    return known and model.device.type == "cpu" and unavailable() is None
 
 
 def accelerate(

@@ -18,10 +18,11 @@ from serve.compression.artifact import Store, default_root
 from serve.compression.recipe import Recipe
 from serve.errors import ConfigError, SetupError
 from serve.evaluation.result import Quality, Reference
+from serve.evaluation.served import served_logits
 from serve.evaluation.setup import Setup
 from serve.fresh_process import Progress
 from serve.loading import LoadedModel, load
-from serve.quality import Divergence, LogitSource, StoredLogits, compare, model_logits, read_texts, tokenize
+from serve.quality import Divergence, LogitSource, StoredLogits, compare, read_texts, tokenize
 
 __all__ = ["record_reference", "score"]
 
@@ -34,15 +35,18 @@ def record_reference(progress: Progress, setup: Setup, folder: Path) -> Referenc
     loaded = _load(progress, setup, setup.reference, setup.reference_source or setup.source)
     records = _records(setup, loaded)
     _require_room(folder, records, loaded)
-    logits = StoredLogits(model_logits(loaded.model), folder / "reference.logits")
+    recipe, total_bytes = loaded.recipe, loaded.report.total_bytes
+    logits = StoredLogits(served_logits(loaded), folder / "reference.logits")
     itself = _compare(logits, logits, records, progress, "reference")
-    noise = _noise_floor(logits, loaded, records, progress)
+    stored = StoredLogits(_never, folder / "reference.logits", logits.places)
+    del loaded, logits
+    noise = _noise_floor(stored, recipe, setup, records, progress)
     return Reference(
-        recipe=loaded.recipe.name,
+        recipe=recipe.name,
         records=records,
         file=folder / "reference.logits",
-        places=logits.places,
-        total_bytes=loaded.report.total_bytes,
+        places=stored.places,
+        total_bytes=total_bytes,
         perplexity=itself.perplexity_reference.to_dict(),
         accuracy=itself.accuracy.reference,
         noise_floor=noise,
@@ -58,7 +62,7 @@ def score(progress: Progress, setup: Setup, recipe: Recipe, reference: Reference
             f"{setup.source} and {setup.reference_source} read the text as different tokens: not comparable"
         )
     stored = StoredLogits(_never, reference.file, reference.places)
-    divergence = _compare(stored, model_logits(loaded.model), reference.records, progress, "score")
+    divergence = _compare(stored, served_logits(loaded), reference.records, progress, "score")
     quality = Quality(loaded.recipe.name, divergence.to_dict(), loaded.report.to_dict())
     if not setup.fresh and setup.reference_source is None:
         _remember(loaded, quality, reference)
@@ -125,15 +129,19 @@ def _compare(
 
 
 def _noise_floor(
-    stored: LogitSource, loaded: LoadedModel, records: Records, progress: Progress
+    stored: LogitSource, recipe: Recipe, setup: Setup, records: Records, progress: Progress
 ) -> dict[str, Any] | None:
-    """The same weights in another floating type: 32 bits against 16, in one direction or the other."""
-    if loaded.recipe.work or loaded.recipe.lm_head != "keep":
+    """The same weights in another floating type: 32 bits against 16, in one direction or the other.
+
+    They are read anew: what made the stored logits may have been compiled, and has no plain form any more.
+    """
+    if recipe.work or recipe.lm_head != "keep":
         return None
-    dtype = torch.bfloat16 if loaded.recipe.dtype == "fp32" else torch.float32
+    loaded = _load(progress, setup, recipe, setup.reference_source or setup.source)
+    dtype = torch.bfloat16 if recipe.dtype == "fp32" else torch.float32
     for parameter in loaded.model.parameters():  # the rotary tables are buffers, and stay as exact as they are
         parameter.data = parameter.data.to(dtype)
-    found = _compare(stored, model_logits(loaded.model), records, progress, "noise floor")
+    found = _compare(stored, served_logits(loaded), records, progress, "noise floor")
     return {
         "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
         "kl_divergence": found.kl_divergence.mean,

@@ -179,8 +179,8 @@ def compare(reference: LogitSource, variant: LogitSource, records: Iterable[Sequ
     """Score both sources on the same records, one at a time; the first token of a record is given, not scored."""
     parts = []
     for index, ids in enumerate(records):
-        if len(ids) > 1:
-            parts.append(score_rows(reference(ids)[:-1], variant(ids)[:-1], torch.tensor(list(ids[1:])), index))
+        if (known := len(ids) - 1) > 0:
+            parts.append(score_rows(reference(ids)[:known], variant(ids)[:known], torch.tensor(list(ids[1:])), index))
     if not parts:
         raise ValueError("no record has two tokens: nothing to score")
     return Divergence.of(TokenScores.join(parts))

@@ -41,7 +41,7 @@ class Perplexity:
 
 def perplexity(source: LogitSource, records: Iterable[Sequence[int]]) -> Perplexity:
     """Score every token of every record but the first of each."""
-    losses = [_nll(source(ids)[:-1], torch.tensor(list(ids[1:]))) for ids in records if len(ids) > 1]
+    losses = [_nll(source(ids)[: len(ids) - 1], torch.tensor(list(ids[1:]))) for ids in records if len(ids) > 1]
     return Perplexity.of(torch.cat(losses) if losses else torch.empty(0, dtype=torch.float64))
 
 

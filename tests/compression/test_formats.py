@@ -51,6 +51,20 @@ def test_the_kernel_agrees_with_its_reference(recipe: str, shape: tuple[int, int
         assert (found.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_that_lie_anywhere_in_a_mapped_file_are_multiplied(recipe: str) -> None:
+    """Where they begin depends on the length of the file's header."""
+    layer, plain = make(recipe, (96, 128), torch.bfloat16), make(recipe, (96, 128), torch.bfloat16)
+    for name, buffer in list(layer.named_buffers()):
+        file = torch.empty(buffer.nbytes + 64, dtype=torch.uint8)
+        begin = -file.data_ptr() % 64 + 8
+        setattr(layer, name, file[begin : begin + buffer.nbytes].view(buffer.dtype).view(buffer.shape).copy_(buffer))
+        assert getattr(layer, name).data_ptr() % 16 == 8
+    layer.prepare()
+    x = inputs(7, 128, torch.bfloat16)
+    torch.testing.assert_close(layer(x).float(), plain.reference(x).float(), rtol=0.02, atol=0.2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_bit_identical_to_its_reference_and_whatever_the_batch(
