@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["LogitSource", "StoredLogits", "model_logits"]
 
 LogitSource = Callable[[Sequence[int]], Tensor]
-"""Token ids `[n]` to the logits that follow each of them, float `[n, vocabulary]`; those after the last, which nothing is
-there to score by, may be left out."""
+"""Token ids `[n]` to the logits that follow each of them, float `[n, vocabulary]`; those after the last, which nothing
+is there to score by, may be left out."""
 
 
 def model_logits(model: Any) -> LogitSource:

@@ -18,7 +18,7 @@ __all__ = ["Int8WeightLinear", "quantize_rows_for"]
 _LEVELS = 127
 _FLOAT32_TOKENS = 4
 _ALIGNED_BYTES = 64
-"""The kernel loads weights by 16 bytes, takes for granted that 16 divides their address, and crashes where it does not."""
+"""The kernel loads weights by 16 bytes, takes for granted that 16 divides their address, and crashes if not."""
 
 
 def quantize_rows_for(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
