@@ -213,7 +213,10 @@ def test_live_drift_is_what_evaluating_the_served_text_gives_and_shows_a_damaged
         seen += users.seen
         server.wait_until(lambda expected=sent: samples(server) == expected)
     assert {answer.status for answer in seen} == {200}
-    assert samples(server, result="scored") == 120
+    results = {
+        result: samples(server, result=result) for result in ("scored", "shed", "no_data", "unfinished", "failed")
+    }
+    assert results["scored"] == 120, results
     live = {name: Live.of(server, name) for name in RECIPES if name != "bf16"}
 
     reference = as_evaluated("bf16", damaged)
