@@ -1,4 +1,4 @@
-"""Drift and shadow traffic on a real local Ray cluster: true numbers, a damaged variant seen, and users come first.
+"""Drift, shadow traffic and experiments on a real local Ray cluster: true numbers, a damaged variant seen, users first.
 
 One server for all tests of this file, which follow one another; each deals the traffic that it needs.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,7 @@ class Answer:
     prompt_tokens: int
     said: str = ""
     """If it was refused."""
+    user: str = ""
 
 
 @dataclass
@@ -100,7 +104,8 @@ class Users:
             if number >= self.requests:
                 return
             body = self._body(self.first + number)
-            self.seen.append(_answer(self._client.post(f"{self.url}/v1/completions", json=body)))
+            answer = _answer(self._client.post(f"{self.url}/v1/completions", json=body))
+            self.seen.append(replace(answer, user=body["user"]))
 
     def _body(self, number: int) -> dict[str, Any]:
         """Long and short, drawn at several temperatures or not at all, each by a user of its own."""
@@ -114,6 +119,13 @@ class Users:
             "ignore_eos": True,
             "return_token_ids": True,
         }
+
+
+class Regulars(Users):
+    """Eighty people who come again and again."""
+
+    def _body(self, number: int) -> dict[str, Any]:
+        return {**super()._body(number), "user": f"regular {number % 80}"}
 
 
 def _answer(response: httpx.Response) -> Answer:
@@ -274,3 +286,81 @@ def test_a_saturated_server_sheds_shadows_and_drift_first_and_counts_them(server
     sent = 20 + len(waiting.seen) + len(refused.seen)
     server.wait_until(lambda: server.metric("shadow_requests_total", variant="nf4") == sent)
     server.wait_until(lambda: samples(server, variant="int8") == drawn + sent)
+
+
+# -- experiments -----------------------------------------------------------------------------------------------------
+
+
+def command(server: Halftone, *words: str) -> dict[str, Any]:
+    """`halftone experiment ... --json`, as an operator types it."""
+    line = [sys.executable, "-m", "serve", "experiment", *words, "--url", server.url, "--json"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def one(server: Halftone, model: str, number: int) -> Answer:
+    body = {"model": model, "prompt": "Once", "max_tokens": 2, "user": f"regular {number}", "return_token_ids": True}
+    return _answer(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60))
+
+
+def counted(server: Halftone) -> int:
+    """Requests in the experiment's report; -1 while nobody answers."""
+    answer = httpx.get(f"{server.url}/admin/experiments/winter/report", timeout=10)
+    return sum(row["n"] for row in answer.json()["variants"]) if answer.status_code == 200 else -1
+
+
+def test_an_experiment_keeps_its_users_and_its_counts_when_the_controller_dies(server: Halftone) -> None:
+    deal(server, bf16=100)
+    weights = {"bf16": 50.0, "int8": 30.0, "nf4": 20.0}
+    options = [word for name, weight in weights.items() for word in ("--weight", f"{name}={weight:g}")]
+    options += ["--holdout", "10", "--price", "1.2", "--settle", "0", "--block", "1"]
+    assert command(server, "start", "winter", *options)["state"] == "running"
+    # The ingress deals by it from its next report on.
+    server.wait_until(lambda: any(one(server, "storyteller", n).variant != "bf16" for n in range(12)))
+    with Regulars(server.url, users=4, tokens=8) as users:
+        assert [one(server, "storyteller@gptq4", number).variant for number in range(5)] == ["gptq4"] * 5
+        time.sleep(12)  # it writes down what it has counted every ten seconds
+        before = counted(server)
+        server.worker("controller").kill()
+        server.wait_until(lambda: counted(server) > before + 40, 60)
+    assert users.statuses == {200: len(users.seen)}
+    # Each keeps to one variant, across the death, and nobody met one without a share.
+    dealt: dict[str, set[str]] = {}
+    for answer in users.seen:
+        dealt.setdefault(answer.user, set()).add(answer.variant)
+    assert {len(variants) for variants in dealt.values()} == {1}
+    assert set().union(*dealt.values()) == set(weights)
+
+    told = command(server, "report", "winter")
+    experiment, split, left_out = told["experiment"], told["split"], told["left_out"]
+    assert (experiment["state"], experiment["holdout"], experiment["price_per_hour"]) == ("running", 10, 1.2)
+    assert {name: weight for name, weight in experiment["weights"].items() if weight} == weights
+    assert (split["unit"], split["matches"]) == ("users", True), split
+    assert sum(arm["units"] for arm in split["arms"]) <= 80
+    assert left_out["pinned"] == 5
+    assert 0 < left_out["held_out"] < len(users.seen) / 2
+    rows = {row["variant"]: row for row in told["variants"]}
+    assert set(rows) == set(weights)
+    for name, row in rows.items():
+        assert row["n"] >= 50
+        assert row["units"] <= sum(variants == {name} for variants in dealt.values())
+        for measure in ("ttft_s", "itl_s", "e2e_s"):
+            for statistic in ("mean", "p50"):
+                interval = row[measure][statistic]
+                assert 0 <= interval["low"] <= interval["estimate"] <= interval["high"], (name, measure, interval)
+        assert row["error_rate"]["estimate"] == 0 < row["error_rate"]["high"]
+        cost = 1.2 / 3600 / row["tokens_per_s"] * 1e6
+        assert row["cost_per_million_tokens"] == pytest.approx(cost)
+        assert row["cost_per_million_tokens_busy"] < cost
+        assert row["memory_bytes"]["weights"] > 0
+        assert row["at_common_mix"]["coverage_ratio"] > 0
+        assert name == "bf16" or row["drift"]["kl_divergence_nats"]["estimate"] > 0
+    assert len({stratum["prompt_tokens"] for stratum in told["strata"]}) > 1
+    assert len({stratum["running_sequences"] for stratum in told["strata"]}) > 1
+    assert {(row["variant"], row["measure"]) for row in told["comparisons"]} >= {("int8", "itl"), ("nf4", "ttft")}
+
+    assert command(server, "stop", "winter")["stopped_by"] == "operator"
+    was = {**dict.fromkeys(RECIPES, 0), "bf16": 100}
+    server.wait_until(lambda: httpx.get(f"{server.url}/admin/traffic").json()["weights"] == was)
+    assert command(server, "list")["active"] is None

@@ -30,6 +30,9 @@ def start(
     duration: Annotated[str | None, typer.Option(help="As 90s, 30m, 2h or 7d. Default: until it is stopped.")] = None,
     price: Annotated[float | None, typer.Option(help="Per hour of one replica's machine.")] = None,
     settle: Annotated[float | None, typer.Option(help="Seconds before latency counts. Default: 30.")] = None,
+    block: Annotated[
+        float | None, typer.Option(help="Seconds of the blocks that intervals vary over. Default: 30.")
+    ] = None,
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,
     as_json: AsJson = False,
@@ -44,6 +47,7 @@ def start(
         "duration_s": None if duration is None else _seconds(duration),
         "price_per_hour": price,
         "settle_s": settle,
+        "block_s": block,
     }
     with AdminClient(url, admin_key) as admin:
         told = admin.post("/experiments", {key: value for key, value in asked.items() if value is not None})
@@ -108,7 +112,8 @@ def _list(told: Mapping[str, Any], console: Any) -> None:
 def _report(told: Mapping[str, Any], console: Any) -> None:
     from rich.table import Table
 
-    table = Table("variant", "n", "users", "TTFT p50 ms", "ITL p50 ms", "E2E p50 s", "tokens/s", "errors", "KL")
+    titles = ("variant", "n", "users", "TTFT p50 ms", "ITL p50 ms", "E2E p50 s", "tokens/s", "errors", "KL")
+    table = Table(*titles, "cost per million tokens")
     for row in told["variants"]:
         drift = row["drift"]["kl_divergence_nats"] if row["drift"] else {"estimate": None}
         table.add_row(
@@ -121,6 +126,7 @@ def _report(told: Mapping[str, Any], console: Any) -> None:
             _shown({"estimate": row["tokens_per_s"]}, 1.0),
             _shown(row["error_rate"], 1.0),
             _shown(drift, 1.0),
+            _shown({"estimate": row["cost_per_million_tokens"]}, 1.0),
         )
     console.print(table)
     console.print(told["split"]["sentence"])
