@@ -27,8 +27,8 @@ from serve.quality.divergence import TokenScores, score_rows
 
 __all__ = ["Head", "Keeper", "Pairing", "Room"]
 
-_COMPARED_NUMBERS = 2**20
-"""Logits of either side that are compared at once: 8 positions of a vocabulary of 128 k."""
+_PROJECTED_NUMBERS = 2**22
+"""Recorded logits that are made at once: 32 positions of a vocabulary of 128 k. Each time reads the whole head."""
 _PROMPT_ROWS = 256
 """Prompt positions that are kept at most, those next to the answer."""
 
@@ -157,7 +157,7 @@ class Pairing:
     def see(self, position: int, rows: Tensor) -> None:
         """rows: the reader's logits, fp32 `[n, vocab]`."""
         assert position == self._next
-        count = max(1, _COMPARED_NUMBERS // rows.shape[1])
+        count = max(1, _PROJECTED_NUMBERS // rows.shape[1])
         for at in range(0, len(rows), count):
             self._compare(position + at, rows[at : at + count])
         self._next = position + len(rows)
