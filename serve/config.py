@@ -184,6 +184,7 @@ class _Traffic(_Section):
 class _Drift(_Section):
     reference: str | None = None
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_busy_ratio: Annotated[float | None, Field(gt=0, le=1)] = None
 
 
 class _Energy(_Section):
@@ -247,7 +248,7 @@ class _File(_Section):
         reference = self.drift.reference or self._split(names).stable
         if reference not in names:
             raise ConfigError("drift.reference", _unknown(reference, names, "variant"))
-        return DriftSettings(reference, self.drift.sample_rate)
+        return DriftSettings(reference, self.drift.sample_rate, self.drift.max_busy_ratio)
 
     def _split(self, names: list[str]) -> Split:
         """The stable variant, unless told otherwise: the one with the most traffic, else the first."""

@@ -23,10 +23,12 @@ Side = Literal["variant", "reference"]
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """reference: the variant that all others are compared with. sample_rate: share 0-1 of requests that are scored."""
+    """reference: the variant that all others are compared with. sample_rate: share 0-1 of requests that are scored.
+    max_busy_ratio: share 0-1 of its time that an ingress has something scored, at most; None is no limit."""
 
     reference: str
     sample_rate: float = 0.05
+    max_busy_ratio: float | None = None
 
 
 @dataclass(frozen=True)

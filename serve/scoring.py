@@ -10,7 +10,8 @@ counted, by reason. Knows no torch and opens no recording.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,6 +27,8 @@ __all__ = ["Reader", "Sample", "Scorer"]
 _OPEN_SAMPLES = 32
 """Sampled requests of one ingress that are being served or scored; further ones are shed."""
 _READ_AT_ONCE = 4
+_SAVED_S = 2.0
+"""So much scoring is allowed at once where a share of the time is: enough for a first look."""
 
 Result = Literal["scored", "shed", "no_data", "unfinished", "failed"]
 
@@ -50,8 +53,16 @@ class Sample:
 class Scorer:
     """The samples of one ingress. All methods on one event loop."""
 
-    def __init__(self, settings: DriftSettings | None, readers: Mapping[str, Reader], journal: Journal) -> None:
+    def __init__(
+        self,
+        settings: DriftSettings | None,
+        readers: Mapping[str, Reader],
+        journal: Journal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
+        self._clock = clock
+        self._allowance = _Allowance(settings.max_busy_ratio if settings else None, clock())
         self._readers = readers
         self._journal = journal
         self._open = 0
@@ -69,7 +80,7 @@ class Scorer:
         if reader.state != "ready":
             self._journal.sampled(about, "no_data")
             return None
-        if view.users_wait or self._open >= _OPEN_SAMPLES:
+        if view.users_wait or self._open >= _OPEN_SAMPLES or self._allowance.is_spent(self._clock()):
             self._journal.sampled(about, "shed")
             return None
         self._open += 1
@@ -83,7 +94,11 @@ class Scorer:
                 self._journal.sampled(sample.about, "shed")
                 return
             async with self._turns:
-                scores = await self._readers[sample.reader].score(kept, sample.side)
+                begun_s = self._clock()
+                try:
+                    scores = await self._readers[sample.reader].score(kept, sample.side)
+                finally:
+                    self._allowance.spend(self._clock() - begun_s)
         except HalftoneError as error:
             self._journal.sampled(sample.about, _result(error))
         else:
@@ -97,6 +112,28 @@ class Scorer:
         """The answer failed or nobody wanted its end: there is nothing to score."""
         self._open -= 1
         self._journal.sampled(sample.about, "unfinished")
+
+
+class _Allowance:
+    """Seconds of scoring that may still be begun: `ratio` of the time that goes by, of which a little is saved up.
+
+    What was begun is finished, and paid for by the clock: where a text takes longer, fewer are scored.
+    """
+
+    def __init__(self, ratio: float | None, now_s: float) -> None:
+        self._ratio = ratio
+        self._left_s = _SAVED_S
+        self._at_s = now_s
+
+    def is_spent(self, now_s: float) -> bool:
+        if self._ratio is None:
+            return False
+        self._left_s = min(_SAVED_S, self._left_s + self._ratio * (now_s - self._at_s))
+        self._at_s = now_s
+        return self._left_s <= 0
+
+    def spend(self, seconds: float) -> None:
+        self._left_s -= seconds
 
 
 def _pair(

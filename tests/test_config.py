@@ -109,7 +109,7 @@ def test_every_variant_fits_beside_the_others(cpus: int, gpus: int, count: int) 
         ({"energy": {"co2": 380}}, "energy.co2", "allowed: co2_grams_per_kwh"),
         ({"energy": {"co2_grams_per_kwh": -1}}, "energy.co2_grams_per_kwh", "greater than or equal to 0"),
         ({"drifts": {"sample_rate": 0.1}}, "drifts", "did you mean 'drift'?"),
-        ({"drift": {"rate": 0.1}}, "drift.rate", "allowed: reference, sample_rate"),
+        ({"drift": {"rate": 0.1}}, "drift.rate", "allowed: reference, sample_rate, max_busy_ratio"),
         ({"drift": {"sample_rate": 2}}, "drift.sample_rate", "less than or equal to 1"),
         ({"drift": {"reference": "nf4"}}, "drift.reference", "allowed: bf16, small"),
         ({"traffic": {"shadow": {"nf4": 0.1}}}, "traffic.shadow", "allowed: bf16, small"),
