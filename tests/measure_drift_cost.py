@@ -1,8 +1,8 @@
 """What measuring drift costs users. By hand, alone: `python tests/measure_drift_cost.py`.
 
 Serves the bench model (`python -m loadtest engine --prepare` makes it) at int8 beside bf16, its reference: without
-drift, at a sample rate of 5 % and as the default configuration scores (20 %, for a twentieth of the time), in
-turns with a server each, and asks as fast as eight clients can. Prints the medians of tokens per second, and what was scored.
+drift, at a sample rate of 5 % and as the default configuration scores (20 %, for a twentieth of the time), in turns
+with a server each, and asks as fast as eight clients can. Prints the medians of tokens per second, and what was scored.
 """
 
 from __future__ import annotations
