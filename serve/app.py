@@ -13,6 +13,7 @@ on that port itself, one hop less, with no proxy of Serve's whose own routes wou
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,7 @@ APP_NAME = "halftone"
 _LONGEST_STREAM_S = 600.0
 """How long a replica that must go may still finish its streams."""
 _INGRESS_STREAMS = 4096
+_HELD_RECORDINGS = 16
 
 if loopback.is_on():
     loopback.apply()
@@ -92,12 +94,18 @@ class _VariantDeployment:
 
         process = rayserve.get_replica_context().replica_id.unique_id
         self._replica = Replica(model_name, variant, RemoteController(controller).replica, process)
+        self._handed_on: deque[Any] = deque(maxlen=_HELD_RECORDINGS)
         await self._replica.open()
 
     async def generate(self, request: GenerationRequest, channel: Channel) -> Kept | None:
         kept = await self._replica.generate(request, channel)
-        # The ingress hands the reference on; it never sees what it refers to.
-        return Kept(await asyncio.to_thread(ray.put, kept.content)) if kept else None
+        if kept is None:
+            return None
+        # The ingress hands the reference on; it never sees what it refers to. It is held here meanwhile: now and then
+        # Ray frees an object whose reference is returned before the receiver has borrowed it.
+        reference = await asyncio.to_thread(ray.put, kept.content)
+        self._handed_on.append(reference)
+        return Kept(reference)
 
     async def score(self, kept: Kept, side: Side) -> Scores:
         return await self._replica.score(await kept.content, side)

@@ -17,10 +17,10 @@ from serve.errors import HalftoneError
 from serve.generation import Delta, Failure, PromptDelta, Timing, TokenLogprob
 from serve.hop import Parcel
 
-__all__ = ["LARGEST_PARCEL_BYTES", "ParcelReader", "pack"]
+__all__ = ["ParcelReader", "pack"]
 
-LARGEST_PARCEL_BYTES = 256 * 2**20
-"""A prompt of a million tokens with twenty alternatives each stays below."""
+_LARGEST_PARCEL_BYTES = 256 * 2**20
+"""Three times a prompt of 128 k tokens with twenty alternatives for each."""
 _STRAY = "surrogatepass"
 """JSON lets a client send half of a character, as a stop string for instance; it comes back as it was."""
 _TYPES: tuple[type[Any], ...] = (Parcel, PromptDelta, Delta, Failure, TokenLogprob, Timing)
@@ -39,7 +39,7 @@ class ParcelReader:
 
     def __init__(self) -> None:
         self._unpacker = msgpack.Unpacker(
-            ext_hook=_unpacked, use_list=False, unicode_errors=_STRAY, max_buffer_size=LARGEST_PARCEL_BYTES
+            ext_hook=_unpacked, use_list=False, unicode_errors=_STRAY, max_buffer_size=_LARGEST_PARCEL_BYTES
         )
 
     def feed(self, data: bytes) -> Iterator[Parcel]:

@@ -53,8 +53,10 @@ class Terminal:
 
     async def open(self, host: str) -> Channel:
         """Listen on a free port of `host`."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._incoming, host, 0, ssl=_tls(ssl.Purpose.CLIENT_AUTH))
+        tls = _tls(ssl.Purpose.CLIENT_AUTH)
+        self._server = await asyncio.get_running_loop().create_server(
+            self._incoming, host, 0, ssl=tls, ssl_handshake_timeout=_SHOW_S if tls else None
+        )
         return Channel(host, self._server.sockets[0].getsockname()[1], self._secret)
 
     async def close(self) -> None:
@@ -90,6 +92,8 @@ class Lines:
             task.cancel()
         await asyncio.gather(*self._dialling, return_exceptions=True)
         await self._connections.close()
+        for channel, outbox in list(self._outboxes.items()):
+            self._lost(channel, outbox, GenerationFailed("the replica ended before it could answer"))
 
     async def _dial(self, channel: Channel, outbox: Outbox) -> None:
         line = partial(_Line, self._connections, channel.secret, outbox, partial(self._lost, channel, outbox))

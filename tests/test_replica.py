@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from serve.hop import Parcel
 from serve.replica import Replica
 from serve.upkeep.energy import EnergyMeter, Processor
 from serve.upkeep.rapl import Rapl
-from serve.wire import Channel, Terminal
+from tests.ingress import Ingress
 from tests.upkeep.powercap import Powercap
 
 
@@ -56,27 +56,6 @@ async def replica(beats: Beats) -> AsyncIterator[Replica]:
     await made.open()
     yield made
     await made.close()
-
-
-class Ingress:
-    """One that hears what comes of its requests, over a connection of its own."""
-
-    def __init__(self) -> None:
-        self.heard: list[Parcel] = []
-        self._terminal = Terminal(self.heard.append)
-
-    async def open(self) -> Channel:
-        self.channel = await self._terminal.open("127.0.0.1")
-        return self.channel
-
-    async def close(self) -> None:
-        await self._terminal.close()
-
-    async def until(self, is_enough: Callable[[list[Event]], bool]) -> list[Event]:
-        async with asyncio.timeout(60):
-            while not is_enough(events(self.heard)):  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-        return events(self.heard)
 
 
 @pytest.fixture
@@ -191,7 +170,7 @@ async def test_an_abort_ends_the_call_and_frees_the_engine(replica: Replica, ing
     await ingress.until(has_tokens)
     await replica.abort(["a", "unknown"])
     await asyncio.wait_for(call, 10)
-    assert not any(map(is_last, events(ingress.heard)))
+    assert not any(map(is_last, ingress.events))
     async with asyncio.timeout(10):
         while is_running(replica):  # noqa: ASYNC110
             await asyncio.sleep(0.01)

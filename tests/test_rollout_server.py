@@ -37,7 +37,10 @@ variants:
 traffic: {stable: fp32, weights: {fp32: 100}}
 drift: {reference: fp32, sample_rate: 1.0}
 """
-OFF = dict.fromkeys(("degenerate", "e2e_own_load", "output_length", "kl_divergence", "top1_agreement", "ttft", "itl"))
+OFF = dict.fromkeys(
+    ("degenerate", "e2e_own_load", "output_length", "kl_divergence", "top1_agreement", "ttft", "itl",
+     "perplexity_ratio", "flips"),  # the last two are on where somebody has evaluated the variant on this machine
+)  # fmt: skip
 PLAN: dict[str, Any] = {
     "guards": {**OFF, "error_rate": 0.2, "e2e": {"margin": 9.0}},
     "block_s": 0.5,

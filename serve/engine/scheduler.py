@@ -86,7 +86,8 @@ class Scheduler:
             if sequence in begun:
                 self._plan_running(step, sequence)
             elif not self._awaits_leader(sequence):
-                blocked = blocked or not self._admit(step, sequence)
+                overtakes = any(victim.rank < sequence.rank for victim in step.preempted)
+                blocked = blocked or overtakes or not self._admit(step, sequence)
         return Plan(tuple(step.chunks.values()), tuple(step.preempted))
 
     def record(self, plan: Plan) -> None:

@@ -171,6 +171,20 @@ def test_further_choices_wait_for_the_first_to_compute_their_prompt_and_let_othe
     assert lengths(run(scheduler)) == {0: 1, 2: 1, 1: 2}
 
 
+def test_a_further_choice_does_not_overtake_the_first_that_has_just_lost_its_blocks() -> None:
+    scheduler = Scheduler(settings(), BlockPool(BLOCKS), max_scored_tokens=5)
+    urgent, leader = sequence(0, 12, 2, text=7), sequence(2, 25, 0, priority=1, scored=True, text=7)
+    for first in (urgent, leader):
+        follower = sequence(first.arrival + 1, len(first.tokens), first.max_tokens, priority=first.priority, text=7)
+        follower.leader = first
+        scheduler.add(first)
+        scheduler.add(follower)
+    assert lengths(run(scheduler)) == {0: 12, 2: 4}
+    plan = run(scheduler)  # the urgent request's second choice takes the blocks of the other request's first
+    assert plan.preempted == (leader,)
+    assert set(lengths(plan)) == {0, 1}
+
+
 def test_a_scored_prompt_reads_no_blocks_for_every_position_has_logits_to_give() -> None:
     scheduler = Scheduler(settings(), BlockPool(BLOCKS))
     for arrival, scored in enumerate((False, True)):

@@ -25,6 +25,7 @@ from serve.config import parse_config
 from serve.generation import GenerationRequest, SamplingParams
 from serve.heartbeat import Orders
 from serve.replica import Replica
+from serve.wire import Terminal
 
 async def main(source, recipe):
     model = {"name": "m", "source": source}
@@ -38,11 +39,12 @@ async def main(source, recipe):
     replica = Replica("m", made.variants[0], hear, "p")
     await replica.open()
     loaded = beats[-1]
+    terminal = Terminal(lambda parcel: None)
+    channel = await terminal.open("127.0.0.1")
 
     async def ask(index):
         params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
-        async for _ in replica.generate(GenerationRequest(f"r{index}", tuple(range(index, index + 100)), params), "c"):
-            pass
+        await replica.generate(GenerationRequest(f"r{index}", tuple(range(index, index + 100)), params), channel)
 
     await asyncio.gather(*map(ask, range(5, 11)))
     upkeep = replica._serving.upkeep
@@ -51,6 +53,7 @@ async def main(source, recipe):
     print(json.dumps({"loaded": dict(loaded.memory), "served": dict(upkeep.memory), "state": loaded.state,
                       "reason": loaded.reason, "energy": asdict(upkeep.energy)}))
     await replica.close()
+    await terminal.close()
 
 asyncio.run(main(*sys.argv[1:]))
 """
