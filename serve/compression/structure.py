@@ -284,7 +284,7 @@ def _cut_parts(
     weight = stored.to(gram.device, torch.float32)
     parts = choose_parts(weight, gram, reader.width, keep, name=name)
     columns = part_columns(parts, reader.width)
-    fitted = refit(weight, gram, columns)
+    fitted = refit(weight, gram, columns, name=name)
     dense: Any = skeleton.model.get_submodule(name)
     dense.weight.data.zero_()[:, columns] = fitted.to(dense.weight.dtype)
     changed = {f"{name}.weight": fitted.to("cpu", stored.dtype)}

@@ -27,7 +27,7 @@ from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.methods.rtn import Scales, assemble, candidate_scales, check_weight
 from serve.errors import CompressionError
 
-__all__ = ["check_gram", "gptq", "inverse_factor", "layer_loss"]
+__all__ = ["check_gram", "factorize", "gptq", "inverse_factor", "layer_loss"]
 
 _BLOCK_COLUMNS = 128
 _INNER_COLUMNS = 16  # one at a time; everything wider is a matrix product
@@ -103,15 +103,15 @@ def inverse_factor(gram: Tensor, damping: float, name: str = "weight", order: Te
     while damping <= _LARGEST_DAMPING:
         matrix = _reordered(gram, order).to(torch.float64, copy=True).mT  # symmetric: `mT` is but LAPACK's layout
         matrix.diagonal().add_(damping * mean)
-        if _factorize(matrix):
+        if factorize(matrix):
             torch.cholesky_inverse(matrix, out=matrix)
-            if _factorize(matrix, upper=True):
+            if factorize(matrix, upper=True):
                 return matrix.float()
         damping *= 10
     raise CompressionError(f"{name}: the Gram matrix of its inputs is not positive; use more calibration text")
 
 
-def _factorize(matrix: Tensor, *, upper: bool = False) -> bool:
+def factorize(matrix: Tensor, *, upper: bool = False) -> bool:
     """Cholesky in place, for the float64 matrices here are the largest there are; whether it exists, and is finite."""
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))

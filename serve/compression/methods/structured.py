@@ -20,13 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.compression.methods.gptq import check_gram
+from serve.compression.methods.gptq import check_gram, factorize
 from serve.compression.methods.rtn import check_weight
 from serve.errors import CompressionError
 
 __all__ = ["block_influence", "choose_parts", "part_columns", "refit"]
 
 _ROUNDS = 8
+_PANEL = 256  # columns handled at a time where float64 copies of all would be large
 
 
 def choose_parts(
@@ -42,26 +43,25 @@ def choose_parts(
     parts = weight.shape[1] // width
     if weight.shape[1] % width or not 0 < keep <= parts:
         raise CompressionError(f"{name}: cannot keep {keep} parts of {width} of its {weight.shape[1]} inputs")
-    damped = _damped(gram, damping)
     weight = weight.double()
     kept = torch.arange(parts, device=weight.device)
     for left in _schedule(parts, keep):
-        columns = part_columns(kept, width)
-        costs = _costs(refit(weight, gram, columns, damping=damping), damped[columns][:, columns], width)
+        factor, fitted = _solve(weight, gram, part_columns(kept, width), damping, name)
+        costs = _costs(fitted, torch.cholesky_inverse(factor, out=factor), width)
+        del factor, fitted  # before the next round makes its own
         stay = torch.sort(costs, descending=True, stable=True).indices[:left]
         kept = kept[stay.sort().values]
     return kept
 
 
-def refit(weight: Tensor, gram: Tensor, columns: Tensor, *, damping: float = 0.01) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, columns: Tensor, *, damping: float = 0.01, name: str = "weight") -> Tensor:
     """The weight `[out_features, kept]` on inputs `columns [kept]` alone that comes closest to `weight`'s outputs.
 
-    Computed in float64, returned in `weight`'s type. Inputs that were never seen keep their weights.
+    Computed in float64, returned in `weight`'s type. Inputs that were never seen keep their weights. Raises
+    `CompressionError` naming the layer if `gram` is no Gram matrix.
     """
-    damped = _damped(gram, damping)
-    wanted = weight.double() @ damped[:, columns]
-    solved = torch.cholesky_solve(wanted.t(), torch.linalg.cholesky(damped[columns][:, columns])).t()
-    return solved.to(weight.dtype)
+    _, fitted = _solve(weight.double(), gram, columns, damping, name)
+    return fitted.to(weight.dtype)
 
 
 def part_columns(parts: Tensor, width: int) -> Tensor:
@@ -81,25 +81,45 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(silent, torch.zeros_like(similarity), 1 - similarity)
 
 
-def _costs(weight: Tensor, damped: Tensor, width: int) -> Tensor:
-    """What each part's removal would cost, `[parts]`."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+def _solve(weight: Tensor, gram: Tensor, columns: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of the damped H_KK, float64 `[kept, kept]`, and the refitted `weight [out_features, kept]`.
+
+    H + damping * mean(diag H) I, or the identity where nothing was seen, is never made whole: in float64 it would take
+    twice the memory of H. What it is needed for is computed from H a panel at a time, and in place.
+    """
+    mean = float(gram.diagonal().mean(dtype=torch.float64))
+    shift = damping * mean if mean > 0 else 1.0
+    matrix = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=gram.device)
+    fitted = weight[:, columns].mul_(shift)  # so far W H_:K
+    for start in range(0, len(columns), _PANEL) if mean > 0 else ():
+        panel = slice(start, start + _PANEL)
+        rows = gram[columns[panel]].double()  # of H, which is symmetric
+        matrix[panel] = rows[:, columns]
+        fitted[:, panel] += weight @ rows.t()
+    matrix.diagonal().add_(shift)
+    factor = matrix.mT  # LAPACK's layout
+    if not factorize(factor):
+        raise CompressionError(f"{name}: the Gram matrix of its inputs is not positive; use more calibration text")
+    solved = fitted.mT
+    torch.linalg.solve_triangular(factor, solved, upper=False, out=solved)
+    torch.linalg.solve_triangular(factor.mT, solved, upper=True, out=solved)
+    return factor, fitted
+
+
+def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """What the removal of each part of `weight` would cost, `[parts]`, given (H_KK)^-1."""
     parts = weight.shape[1] // width
     blocks = inverse.view(parts, width, parts, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [parts, width, width]
-    slices = weight.t().reshape(parts, width, -1)  # W_S^T
-    costs: Tensor = (slices * torch.linalg.solve(blocks, slices)).sum((1, 2))
-    return costs
+    slices = weight.t().view(parts, width, -1)  # W_S^T
+    some = max(1, _PANEL // width)
+    costs = [
+        (part * torch.linalg.solve(block, part)).sum((1, 2))
+        for block, part in zip(torch.split(blocks, some), torch.split(slices, some), strict=True)
+    ]
+    return torch.cat(costs)
 
 
 def _schedule(parts: int, keep: int) -> list[int]:
     """How many parts are left after each round."""
     rounds = min(_ROUNDS, parts - keep)
     return [parts - round((parts - keep) * done / rounds) for done in range(1, rounds + 1)]
-
-
-def _damped(gram: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) I in float64; the identity where nothing was seen."""
-    gram = gram.double()
-    mean = gram.diagonal().mean()
-    identity = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    return identity if mean <= 0 else gram + damping * mean * identity

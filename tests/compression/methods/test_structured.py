@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from serve.compression.memory import TensorPeak
 from serve.compression.methods.gptq import layer_loss
 from serve.compression.methods.structured import block_influence, choose_parts, part_columns, refit
 from serve.errors import CompressionError
@@ -70,6 +71,26 @@ def test_the_refit_beats_dropping_the_columns() -> None:
     refitted, dropped = torch.zeros(16, 64), torch.zeros(16, 64)
     refitted[:, kept], dropped[:, kept] = refit(weight, gram, kept), weight[:, kept]
     assert layer_loss(refitted - weight, gram) < 0.8 * layer_loss(dropped - weight, gram)
+
+
+def test_choosing_and_refitting_take_what_the_report_allows_for_factorizing() -> None:
+    weight, gram = _random(256, 1536), _gram(1536)
+    with TensorPeak() as choosing:
+        kept = choose_parts(weight, gram, 1, 1152)
+    with TensorPeak() as refitting:
+        refit(weight, gram, kept)
+    assert max(choosing.peak_bytes, refitting.peak_bytes) < 3 * gram.nbytes + 2 * weight.double().nbytes
+
+
+def test_a_matrix_that_is_no_gram_matrix_is_refused_by_layer_name() -> None:
+    gram = torch.eye(6)
+    gram[0, 1] = gram[1, 0] = 5
+    for attempt in (
+        lambda: choose_parts(_random(4, 6), gram, 1, 3, name="layers.3.down_proj"),
+        lambda: refit(_random(4, 6), gram, torch.arange(4), name="layers.3.down_proj"),
+    ):
+        with pytest.raises(CompressionError, match=r"layers\.3\.down_proj: the Gram matrix"):
+            attempt()
 
 
 def test_columns_of_parts() -> None:
