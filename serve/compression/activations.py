@@ -9,7 +9,7 @@ nothing about what is done with the statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -112,10 +112,12 @@ class BlockActivations(Activations):
     def _advance(self, block: str, observe: Callable[[Tensor, Tensor], None]) -> None:
         states: list[Tensor] = []
         for index in range(len(self._batches)):
-            before, output = self._run(block, index, last=True) or _unreached(block)
-            self._returns_tuple = isinstance(output, tuple)
-            states.append(output[0] if isinstance(output, tuple) else output)
-            observe(before, states[index])
+            with nullcontext() if self._batch_bytes else TensorPeak() as taken:
+                before, output = self._run(block, index, last=True) or _unreached(block)
+                self._returns_tuple = isinstance(output, tuple)
+                states.append(output[0] if isinstance(output, tuple) else output)
+                observe(before, states[index])
+            self._batch_bytes = max(self._batch_bytes, taken.peak_bytes if taken else 0)
             if self._states is not None:
                 self._states[index] = states[index]  # the old ones are not needed, and take as much memory
         self._states = states

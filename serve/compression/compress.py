@@ -80,9 +80,13 @@ def compress(
     activations: Activations | None = None,
     sink: Sink | None = None,
     progress: Progress = silent,
+    mapped: bool = False,
 ) -> None:
-    """Fill `skeleton.model` with weights as the plan says, in place. Raise `CompressionError` naming a bad layer."""
-    job = _Job(skeleton, weights, plan, sink)
+    """Fill `skeleton.model` with weights as the plan says, in place. Raise `CompressionError` naming a bad layer.
+
+    `mapped`: what stays as the file has it stays in the file's map, for a model that is only needed for a while.
+    """
+    job = _Job(skeleton, weights, plan, sink, mapped)
     total = len(skeleton.blocks)
     if not _resume(job, REST):
         _compress_rest(job)
@@ -110,6 +114,7 @@ class _Job:
     weights: Reader
     plan: Plan
     sink: Sink | None
+    mapped: bool = False
     finished: dict[str, Tensor] = field(default_factory=dict)  # plain tensors that the sink has not seen yet
     resumed: set[str] = field(default_factory=set)  # parts that came from the sink
     loaded: dict[str, Projection] = field(default_factory=dict)  # read early, because a scale was folded into them
@@ -119,9 +124,9 @@ class _Job:
         return self.skeleton.model
 
     def read(self, name: str) -> Tensor:
-        """A parameter in memory of its own, so that nothing holds on to the file's map."""
+        """A parameter, unless `mapped` in memory of its own, so that nothing holds on to the file's map."""
         stored = self.weights.read(name)
-        return stored.to(self.plan.device, self.skeleton.dtype_of(name), copy=True).contiguous()
+        return stored.to(self.plan.device, self.skeleton.dtype_of(name), copy=not self.mapped).contiguous()
 
     def load(self, name: str) -> Projection:
         """A projection's values in float32, as precise as the file has them but for what was folded into them."""
@@ -207,6 +212,7 @@ def _compress_alone(job: _Job, block: str) -> None:
         treatment = job.plan.treatment(name)
         if not treatment.is_dense:
             _apply(job, treatment, Group([job.load(name)]), None)
+            release()
     job.fill(_parameters(job, block))
 
 

@@ -241,7 +241,7 @@ class Loader:
         exact = "fp32" if self.source.stored_dtype in (torch.float32, None) else self.recipe.dtype
         plain = Recipe(stages=(Dense(exact), *self.recipe.structures))  # type: ignore[arg-type]
         dense, plain = self._build(plain), Recipe(stages=plain.stages[:1])
-        compress(dense, weights, Plan(plain, self.plan.device))
+        compress(dense, weights, Plan(plain, self.plan.device), mapped=True)
         assert self.calibration is not None
         mixed = mix(self.recipe, dense, self.samples(self.calibration), self.plan.device, progress=self.progress)
         if draft is not None:

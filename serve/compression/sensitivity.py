@@ -134,13 +134,17 @@ def _measure_one(
     module = skeleton.model.get_submodule(name)
     weight = weight_of(module, module.get_parameter("weight")).float()
     assert statistics.gram is not None
-    tried = [recipe for recipe in dict.fromkeys((*candidates, _PROBE)) if _stage(recipe) is not None]
-    layers = {recipe: _compressed(skeleton, name, weight, statistics, recipe) for recipe in tried}
-    values = {recipe: layer.dequantize() for recipe, layer in layers.items()}
-    values |= {recipe: weight.to(_dtype(recipe)).float() for recipe in candidates if recipe not in layers}
-    losses = {recipe: layer_loss(value - weight, statistics.gram) for recipe, value in values.items()}
+    losses: dict[str, float] = {}
+    for recipe in dict.fromkeys((_PROBE, *candidates)):  # one at a time, for each takes a float32 copy of the weight
+        if _stage(recipe) is None:
+            value, layer = weight.to(_dtype(recipe)).float(), None
+        else:
+            layer = _compressed(skeleton, name, weight, statistics, recipe)
+            value = layer.dequantize()
+        losses[recipe] = layer_loss(value - weight, statistics.gram)
+        if recipe == _PROBE and layer is not None:
+            probe = layer
     bits = {recipe: _bits(replace(skeleton.spec(name), dtype=dtype), recipe) for recipe in candidates}
-    probe = layers[_PROBE]
     probe.prepare()
     set_module(skeleton.model, name, probe)
     measured = evaluate()

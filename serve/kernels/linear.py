@@ -96,15 +96,18 @@ class PackedLinear:
     ) -> PackedLinear:
         """`rows(slice)` gives that part of the weight with its zeros, bf16 `[rows, inputs]`, a panel at a time."""
         spec = Linear(format=_SPARSE, outputs=outputs, inputs=inputs)
-        panels = [_lines(rows(slice(at, min(at + _PANEL, outputs)))) for at in range(0, outputs, _PANEL)]
-        kept = [lines != 0 for lines in panels]
-        values = [lines[keep] for lines, keep in zip(panels, kept, strict=True)]
-        starts = torch.tensor([0, *(len(part) for part in values)])[:-1].cumsum(0)
         bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-        masks = torch.cat([(keep.view(-1, 8) * bits).sum(1, dtype=torch.uint8) for keep in kept])
+        values: list[Tensor] = []
+        masks: list[Tensor] = []
+        for at in range(0, outputs, _PANEL):
+            lines = _lines(rows(slice(at, min(at + _PANEL, outputs))))
+            kept = lines != 0
+            values.append(lines[kept])
+            masks.append((kept.view(-1, 8) * bits).sum(1, dtype=torch.uint8))
+        starts = torch.tensor([0, *(len(part) for part in values)])[:-1].cumsum(0)
         stream = allocate(2 * (sum(len(part) for part in values) + _LINE)).view(torch.bfloat16)
         torch.cat(values, out=stream[:-_LINE])
-        return cls(spec, {"weight": stream, "scale": masks, "offset": starts, **_bias(bias)})
+        return cls(spec, {"weight": stream, "scale": torch.cat(masks), "offset": starts, **_bias(bias)})
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: bf16 `[rows, inputs]`; returns bf16 `[rows, outputs]`."""

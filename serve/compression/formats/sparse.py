@@ -22,6 +22,7 @@ from serve.kernels import PackedLinear
 __all__ = ["SparseLinear"]
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_ROWS = 64  # packed at a time: the places of what stays take eight times its memory
 
 
 class SparseLinear(CompressedLinear):
@@ -44,17 +45,15 @@ class SparseLinear(CompressedLinear):
     def from_dense(cls, spec: LinearSpec, weight: Tensor, bias: Tensor | None = None) -> SparseLinear:
         """Keep whatever of `weight [out, in]` is not zero in `spec.dtype`."""
         layer = cls(spec)
-        weight = weight.to(spec.dtype)
-        kept = weight != 0
-        padded = F.pad(kept, (0, -spec.in_features % 8)).view(spec.out_features, -1, 8)
-        mask = (padded * _BITS.to(weight.device)).sum(2, dtype=torch.uint8)
-        layer.fill(mask=mask, values=weight[kept], bias=bias)
+        parts = [_pack(part.to(spec.dtype)) for part in torch.split(weight, _ROWS)]
+        mask, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        layer.fill(mask=mask, values=values, bias=bias)
         return layer
 
     def fill(self, **tensors: Tensor | None) -> None:
         mask, values = tensors.get("mask"), tensors.get("values")
         if mask is not None and values is not None and mask.dtype == torch.uint8:
-            counts = _spread_bits(mask).sum(1)
+            counts = torch.cat([_spread_bits(part).sum(1) for part in torch.split(mask, _ROWS)])
             if values.shape != (int(counts.sum()),):
                 raise ArtifactError(f"{self.spec.name}.values: {list(values.shape)}, but the mask keeps {counts.sum()}")
             self.declare("values", tuple(values.shape), self.spec.dtype)
@@ -94,6 +93,13 @@ class SparseLinear(CompressedLinear):
         kept = _spread_bits(self.mask[rows])[:, : self.in_features].bool()
         dense = torch.zeros(kept.shape, dtype=self.values.dtype, device=self.values.device)
         return dense.masked_scatter_(kept, self.values[self._starts[rows.start] : self._starts[rows.stop]])
+
+
+def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight [rows, in]` as the mask of what is not zero, and those values."""
+    kept = weight != 0
+    padded = F.pad(kept, (0, -weight.shape[1] % 8)).view(len(weight), -1, 8)
+    return (padded * _BITS.to(weight.device)).sum(2, dtype=torch.uint8), weight[kept]
 
 
 def _spread_bits(mask: Tensor) -> Tensor:
