@@ -64,6 +64,12 @@ def test_wanda_compares_within_a_row_and_weighs_by_the_inputs() -> None:
     assert mask.tolist() == [[True, False, True, False], [True, True, False, False]]
 
 
+def _best(scores: list[float], count: int) -> torch.Tensor:
+    """True for the `count` largest, and among equal ones the first."""
+    chosen = sorted(range(len(scores)), key=lambda k: -scores[k])[:count]
+    return torch.tensor([k in chosen for k in range(len(scores))])
+
+
 def _sparsegpt_reference(
     weight: torch.Tensor, gram: torch.Tensor, sparsity: float, pattern: Pattern
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,11 +82,14 @@ def _sparsegpt_reference(
     kept = torch.ones_like(weight, dtype=torch.bool)
     for j in range(width):
         if pattern and j % 4 == 0:
-            kept[:, j : j + 4] = keep_largest(weight[:, j : j + 4] ** 2 / diagonal[j : j + 4], 0.5, "2:4")
+            score = weight[:, j : j + 4] ** 2 / diagonal[j : j + 4]
+            for row, scores in enumerate(score.tolist()):
+                kept[row, j : j + 4] = _best(scores, -(-len(scores) // 2))
         elif not pattern and j % 128 == 0:
             score = weight[:, j : j + 128] ** 2 / diagonal[j : j + 128]
             # Transposed as there, for equal scores; which stays is otherwise free.
-            kept[:, j : j + 128] = keep_largest(score.t().reshape(1, -1), sparsity).view(-1, weight.shape[0]).t()
+            count = score.numel() - round(score.numel() * sparsity)
+            kept[:, j : j + 128] = _best(score.t().flatten().tolist(), count).view(-1, weight.shape[0]).t()
         pruned = weight[:, j] * kept[:, j]
         weight[:, j:] -= ((weight[:, j] - pruned) / inverses[j][0, 0])[:, None] * inverses[j][0]
         weight[:, j] = pruned
