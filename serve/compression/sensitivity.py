@@ -193,8 +193,8 @@ class DivergenceMeter:
         vocabulary = skeleton.model.config.get_text_config(decoder=True).vocab_size
         left = max(_REFERENCE_BYTES // (4 * vocabulary), 64)
         batches = []
-        for ids in samples:
-            if left > 1 and len(ids) > 1:
+        for ids in [ids for ids in samples if len(ids) > 1] or [ids for ids in samples if len(ids)]:
+            if left > 1:
                 batches.append(torch.tensor([list(ids[:left])], device=device))
                 left -= batches[-1].numel()
         self = cls(skeleton, batches, [])

@@ -139,7 +139,7 @@ def nf4_levels() -> Array:
     above, below = (
         np.array([NormalDist().inv_cdf(share) for share in np.linspace(0.9677083, 0.5, count)[:-1]]) for count in (9, 8)
     )
-    return np.sort(np.concatenate([above, -below, [0.0]])) / above.max()
+    return cast(Array, np.sort(np.concatenate([above, -below, [0.0]])) / above.max())
 
 
 def eight_bit_floats() -> Array:
