@@ -28,7 +28,7 @@ from serve.compression.checkpoints import Checkpoint, Source, Weights
 from serve.compression.compress import Progress, Reader, Sink, compress, silent
 from serve.compression.foreign import ForeignParts, stored_recipe
 from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
-from serve.compression.plan import Plan
+from serve.compression.plan import Plan, check_patterns
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.compression.restore import restore
@@ -65,6 +65,8 @@ class Loader:
             self.source = Source.find(source)
             self.foreign: ForeignParts | None = None
             self.recipe = self._as_stored(recipe)
+            if not (self.stored or self.recipe.structures or pruned):  # a cut may take layers that a pattern names
+                check_patterns(recipe, self.skeleton.projections, dict(self.skeleton.model.named_modules()))
             self.calibration = (calibration or bundled()) if self.recipe.needs_calibration and not self.stored else None
             self.plan = Plan(self.recipe, device, pruned=pruned)
             self.facts = _facts(self.source, self.recipe, self.calibration) | ({"pruned": True} if pruned else {})

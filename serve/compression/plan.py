@@ -5,6 +5,7 @@ Resolving happens before any weight is read, so that a recipe this machine canno
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -20,7 +21,7 @@ from serve.compression.skeleton import DTYPES
 from serve.compression.stages import Gptq, Int8, Int8Weight, Mixed
 from serve.errors import RecipeError
 
-__all__ = ["Plan", "Treatment"]
+__all__ = ["Plan", "Treatment", "check_patterns"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Plan:
         self.pruned = pruned
         self.recipe, self.device = recipe, device
         self._default = self._treat(recipe)
-        self._overrides = [(pattern, self._override(pattern, target)) for pattern, target in recipe.overrides]
+        self._overrides = [(pattern, self._override(target)) for pattern, target in recipe.overrides]
         # Chosen for its accuracy, which 16-bit logits would spoil: see formats/head.py.
         self.float32_head = isinstance(recipe.quantizer, Int8Weight) and recipe.dtype != "fp32"
         self.head = self._check(methods.quantizer(Int8())) if recipe.lm_head == "int8" else None
@@ -63,12 +64,8 @@ class Plan:
             return Treatment()
         return next((found for pattern, found in self._overrides if fnmatchcase(name, pattern)), self._default)
 
-    def _override(self, pattern: str, target: str) -> Treatment:
+    def _override(self, target: str) -> Treatment:
         recipe = Recipe.parse(target)
-        if recipe.structures:
-            raise RecipeError(
-                f"recipe: overrides.{pattern}: {recipe.structures[0].name} cuts the whole model or nothing"
-            )
         if not recipe.work and recipe.dtype != self.recipe.dtype:
             return Treatment(self._default.pruners, DenseStorage(DTYPES[recipe.dtype]))
         treatment = self._treat(recipe)
@@ -86,3 +83,17 @@ class Plan:
     def _check(self, quantizer: Quantizer) -> Quantizer:
         quantizer.check(self.device, DTYPES[self.recipe.dtype])
         return quantizer
+
+
+def check_patterns(recipe: Recipe, projections: Collection[str], modules: Collection[str]) -> None:
+    """Raise `RecipeError` naming a pattern of `skip` or `overrides` that means nothing in this model: a typing error,
+    most likely, that would otherwise be served as if it had been heeded.
+
+    Skipping what is left alone anyway (the head, an embedding) is no error.
+    """
+    asked = [("skip", pattern, modules) for pattern in recipe.skip]
+    asked += [("overrides", pattern, projections) for pattern, _ in recipe.overrides]
+    for key, pattern, names in asked:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            example = min(projections, default="none")
+            raise RecipeError(f"recipe: {key}: {pattern!r} matches no layer of this model; they are called {example}")

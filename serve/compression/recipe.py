@@ -6,40 +6,18 @@ A recipe is written as one string (`wanda50+gptq4-g64-asym`), as a list of stage
 
 Stages run in the order given: at most one that removes structure, then pruning, then at most one quantizer, which
 stores what is left. A 16- or 32-bit name among them sets the type that everything else is stored and computed in.
-This file knows no torch: the configuration reads it.
+`serve.compression.spelling` reads and explains the single stage. This file knows no torch: the configuration reads it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
-from serve.compression.stages import (
-    Awq,
-    Dense,
-    Depth,
-    Fp8,
-    Gptq,
-    Grouped,
-    Int8,
-    Int8Static,
-    Int8Weight,
-    Kind,
-    LlmInt8,
-    Magnitude,
-    Mixed,
-    Nf4,
-    RoundToNearest,
-    Sparse,
-    SparseGpt,
-    Stage,
-    Structure,
-    Structured,
-    Wanda,
-)
+from serve.compression.spelling import check_keys, parse_stage, read_mapping, shown
+from serve.compression.stages import Dense, Kind, Mixed, Stage, Structure
 from serve.errors import RecipeError
 
 __all__ = ["Recipe"]
@@ -65,6 +43,8 @@ class Recipe:
         _check_order(self.stages)
         if self.lm_head not in ("keep", "int8"):
             raise RecipeError(f"recipe: lm_head {self.lm_head!r} is not one of keep, int8")
+        for pattern, target in self.overrides:
+            _check_override(pattern, target)
 
     @classmethod
     def parse(cls, spec: str | Sequence[Any] | Mapping[str, Any]) -> Recipe:
@@ -131,25 +111,23 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         if "method" in data:
             data = {"stages": [data]}
-        _check_keys("recipe", data, ("stages", "mixed", "lm_head", "skip", "overrides"))
+        check_keys("recipe", data, ("stages", "mixed", "lm_head", "skip", "overrides"))
         entries = list(_sequence("stages", data.get("stages", ())))
         if "mixed" in data:
-            entries.append({"method": Mixed.method, **_mapping("mixed", data["mixed"])})
-        parsed = [
-            _read_text(entry) if isinstance(entry, str) else ([_read_mapping(entry)], "keep") for entry in entries
-        ]
+            options = _mapping("mixed", data["mixed"])
+            check_keys("recipe: mixed", options, ("budget_bits",))
+            entries.append({"method": Mixed.method, **options})
+        parsed = [_read_text(entry) if isinstance(entry, str) else ([read_mapping(entry)], "keep") for entry in entries]
         stages = [stage for part, _ in parsed for stage in part]
         head = "int8" if any(head == "int8" for _, head in parsed) else "keep"
-        overrides = _overrides(data.get("overrides", {}))
+        if head == "int8" and data.get("lm_head", head) == "keep":
+            raise RecipeError("recipe: lm_head: keep contradicts the stage head8; leave one of them out")
         return cls(
             stages=_with_dtype(stages),
             lm_head=data.get("lm_head", head),
-            skip=tuple(str(pattern) for pattern in _sequence("skip", data.get("skip", ()))),
-            overrides=overrides,
+            skip=tuple(_name_pattern("skip", pattern) for pattern in _sequence("skip", data.get("skip", ()))),
+            overrides=_overrides(data.get("overrides", {})),
         )
-
-
-_Build = Callable[[re.Match[str], dict[str, Any]], Stage]
 
 
 def _parse_text(text: str) -> Recipe:
@@ -160,8 +138,10 @@ def _parse_text(text: str) -> Recipe:
 def _read_text(text: str) -> tuple[list[Stage], LmHead]:
     """The stages that the text names, and no others."""
     parts = [part.strip() for part in text.strip().lower().split("+")]
+    if len(parts) > 1 and "" in parts:
+        raise RecipeError(f"recipe: {shown(text)}: nothing stands beside one of its +")
     head: LmHead = "int8" if "head8" in parts else "keep"
-    return [_parse_stage(part) for part in parts if part != "head8"], head
+    return [parse_stage(part) for part in parts if part != "head8"], head
 
 
 def _with_dtype(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -172,91 +152,6 @@ def _with_dtype(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return (*(dense or [Dense()]), *(stage for stage in stages if not isinstance(stage, Dense)))
 
 
-def _read_mapping(entry: Any) -> Stage:
-    if not isinstance(entry, Mapping):
-        raise RecipeError(f"recipe: a stage is a name or a mapping, not {type(entry).__name__}")
-    by_method = {cls.method: cls for cls in _STAGES}
-    method = entry.get("method")
-    if method not in by_method:
-        raise RecipeError(f"recipe: unknown method {method!r}; known: {_listed(sorted(by_method))}")
-    cls = by_method[method]
-    options = {key: value for key, value in entry.items() if key != "method"}
-    allowed = {f.name: f for f in fields(cls)}
-    _check_keys(f"recipe: {method}", options, tuple(allowed))
-    for key, value in options.items():
-        default = allowed[key].default
-        assert default is not MISSING
-        if not _same_type(value, default):
-            raise RecipeError(f"recipe: {method}.{key}: expected {type(default).__name__}, got {value!r}")
-    if cls is Dense and options.get("dtype", "bf16") not in ("fp32", "bf16", "fp16"):
-        raise RecipeError(f"recipe: dense.dtype: {options['dtype']!r} is not one of fp32, bf16, fp16")
-    return _build(cls, options)
-
-
-def _same_type(value: Any, default: Any) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, (int, float))
-    return isinstance(value, type(default))
-
-
-def _parse_stage(text: str) -> Stage:
-    name, *options = text.split("-")
-    for prefix in ("int8-weight", "int8-static", "llm-int8"):
-        if text == prefix or text.startswith(prefix + "-"):
-            name, options = prefix, [o for o in text[len(prefix) :].split("-") if o]
-    if name in ("fp32", "bf16", "fp16"):
-        _no_options(name, options)
-        return Dense(name)  # type: ignore[arg-type]
-    if name in _PLAIN:
-        return _build(_PLAIN[name], _options(text, options, _OPTIONS.get(_PLAIN[name], {})))
-    if match := re.fullmatch(r"mixed(\d+(?:\.\d+)?)?", text):
-        return _build(Mixed, {"budget_bits": float(match[1])} if match[1] else {})
-    match = re.fullmatch(r"([a-z]+)(\d*)", name)
-    cls = _NUMBERED.get(match[1]) if match else None
-    if cls is None or match is None:
-        raise RecipeError(f"recipe: unknown name {text!r}; known: {_KNOWN}")
-    number = match[2]
-    if issubclass(cls, Grouped):
-        bits = {"bits": int(number)} if number else {}
-        return _build(cls, bits | _options(text, options, _OPTIONS[cls]))
-    if issubclass(cls, Sparse) and options == ["2:4"] and not number:
-        return _build(cls, {"pattern": "2:4"})
-    _no_options(text, options)
-    if not number:
-        raise RecipeError(f"recipe: {text!r} lacks the percentage to remove, as in {cls.method}50")
-    return _build(cls, {"share" if issubclass(cls, Structure) else "sparsity": int(number) / 100})
-
-
-def _build(cls: type[Any], options: Mapping[str, Any]) -> Stage:
-    stage: Stage = cls(**options)
-    return stage
-
-
-_OptionTable = dict[str, tuple[str, Callable[[str], Any]]]
-
-
-def _options(text: str, options: Sequence[str], table: _OptionTable) -> dict[str, Any]:
-    """Each dash option by its pattern; an option that nobody knows, or one given twice, is an error."""
-    found: dict[str, Any] = {}
-    for option in options:
-        match = next((m for pattern in table if (m := re.fullmatch(pattern, option))), None)
-        if match is None:
-            known = ", ".join(_SPELLING[p] for p in table) or "none"
-            raise RecipeError(f"recipe: {text!r}: unknown option {option!r}; known: {known}")
-        key, read = table[match.re.pattern]
-        if key in found:
-            raise RecipeError(f"recipe: {text!r}: {key} is given twice")
-        found[key] = read(match[match.lastindex or 0])
-    return found
-
-
-def _no_options(text: str, options: Sequence[str]) -> None:
-    if options:
-        raise RecipeError(f"recipe: {text!r}: unknown option {options[0]!r}; known: none")
-
-
 def _check_order(stages: Sequence[Stage]) -> None:
     work = [stage for stage in stages if stage.kind != "dense"]
     for first, second in pairwise(work):
@@ -265,21 +160,16 @@ def _check_order(stages: Sequence[Stage]) -> None:
                 f"recipe: {first.name}+{second.name}: two quantizers exclude each other, "
                 "for the second would round what the first has already rounded; keep one"
             )
-        if type(first) is type(second):
-            raise RecipeError(f"recipe: {first.name}+{second.name}: the same method twice; keep one")
         if _ORDER[first.kind] > _ORDER[second.kind]:
             raise RecipeError(
                 f"recipe: {first.name}+{second.name}: the order is structure, then pruning, then a quantizer; "
                 f"write {second.name}+{first.name}"
             )
-        if first.kind == second.kind == "prune":
+        if type(first) is not type(second) and first.kind == second.kind == "prune":
             raise RecipeError(f"recipe: {first.name}+{second.name}: two ways to choose the zeros; keep one")
-
-
-def _check_keys(where: str, data: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    for key in data:
-        if key not in allowed:
-            raise RecipeError(f"{where}: unknown key {key!r}; known: {_listed(allowed)}")
+    for first, second in combinations(work, 2):
+        if type(first) is type(second):
+            raise RecipeError(f"recipe: {first.name}+{second.name}: the same method twice; keep one")
 
 
 def _overrides(value: Any) -> tuple[tuple[str, str], ...]:
@@ -289,9 +179,31 @@ def _overrides(value: Any) -> tuple[tuple[str, str], ...]:
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise RecipeError(f"recipe: overrides: {pair!r} is not a name pattern and a recipe")
-        _parse_text(pair[1])
-        found.append((pair[0], pair[1]))
+        found.append((_name_pattern("overrides", pair[0]), pair[1]))
     return tuple(found)
+
+
+def _check_override(pattern: str, target: str) -> None:
+    """What is asked for some layers must be something that layers can have each for itself."""
+    where = f"recipe: overrides.{pattern}"
+    try:
+        recipe = _parse_text(target)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {str(error).removeprefix('recipe: ')}") from error
+    if recipe.structures:
+        raise RecipeError(f"{where}: {recipe.structures[0].name} cuts the whole model or nothing")
+    if isinstance(recipe.quantizer, Mixed):
+        raise RecipeError(
+            f"{where}: {recipe.quantizer.name} chooses for the whole model; make it the recipe's quantizer"
+        )
+    if recipe.lm_head != "keep":
+        raise RecipeError(f"{where}: head8 is about the whole model's head; write lm_head: int8 beside the overrides")
+
+
+def _name_pattern(key: str, pattern: Any) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise RecipeError(f"recipe: {key}: {pattern!r} is not a pattern of module names, such as 'model.layers.0.*'")
+    return pattern
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:
@@ -304,40 +216,3 @@ def _sequence(key: str, value: Any) -> Sequence[Any]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
         raise RecipeError(f"recipe: {key} is not a list")
     return value
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
-_GROUP_OPTIONS: _OptionTable = {
-    r"g(\d+)": ("group_size", int),
-    r"row": ("group_size", lambda _: -1),
-    r"(a?sym)": ("symmetric", lambda text: text == "sym"),
-}
-_FLOAT = r"(\d+(?:\.\d+)?)"
-_OPTIONS: dict[type[Stage], _OptionTable] = {
-    Nf4: {r"b(\d+)": ("block_size", int), r"dq": ("double_quantization", lambda _: True)},
-    LlmInt8: {rf"t{_FLOAT}": ("threshold", float)},
-    Int8Static: {rf"smooth{_FLOAT}": ("smooth", float)},
-    RoundToNearest: _GROUP_OPTIONS,
-    Awq: _GROUP_OPTIONS,
-    Gptq: {**_GROUP_OPTIONS, r"act": ("activation_order", lambda _: True), rf"damp{_FLOAT}": ("damping", float)},
-}
-_SPELLING = {
-    r"g(\d+)": "gN (group size)", r"row": "row (one group per row)", r"(a?sym)": "sym | asym", r"b(\d+)": "bN (block)",
-    r"dq": "dq (double quantization)", rf"t{_FLOAT}": "tX (threshold)", rf"smooth{_FLOAT}": "smoothX",
-    r"act": "act (activation order)", rf"damp{_FLOAT}": "dampX",
-}  # fmt: skip
-_STAGES: tuple[type[Any], ...] = (
-    Dense, Int8, Int8Weight, Int8Static, LlmInt8, Fp8, Nf4, RoundToNearest, Gptq, Awq, Mixed,
-    Magnitude, Wanda, SparseGpt, Structured, Depth,
-)  # fmt: skip
-_PLAIN: dict[str, type[Any]] = {cls.method: cls for cls in (Int8, Int8Weight, Int8Static, LlmInt8, Fp8, Nf4)}
-_NUMBERED: dict[str, type[Any]] = {
-    cls.method: cls for cls in (RoundToNearest, Gptq, Awq, Magnitude, Wanda, SparseGpt, Structured, Depth)
-}
-_KNOWN = (
-    "fp32, bf16, fp16, int8, int8-weight, int8-static, llm-int8, fp8, nf4, rtn4, gptq4, awq4, mixed4.5, "
-    "magnitude50, wanda50, wanda-2:4, sparsegpt50, structured25, depth25 (joined by +, e.g. wanda50+gptq4-g64-asym)"
-)

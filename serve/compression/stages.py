@@ -6,6 +6,8 @@ A stage says *what* (a method and its options); `serve.compression.methods` know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
+from math import inf
 from typing import ClassVar, Literal
 
 from serve.errors import RecipeError
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 Kind = Literal["dense", "structure", "prune", "quantize"]
+_LARGEST_GROUP = 1 << 20  # wider than any layer
 _NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -100,6 +103,10 @@ class Int8Static(Stage):
     kind = "quantize"
     smooth: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.smooth <= 1:
+            raise RecipeError(f"int8-static: smooth {self.smooth} is not between 0 (activations as they are) and 1")
+
     @property
     def name(self) -> str:
         return self.method + _unless_default("smooth", self.smooth, 0.5)
@@ -116,6 +123,10 @@ class LlmInt8(Stage):
     method = "llm-int8"
     kind = "quantize"
     threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < inf:
+            raise RecipeError(f"llm-int8: threshold {self.threshold} is not a finite number of 0 or more")
 
     @property
     def name(self) -> str:
@@ -161,8 +172,11 @@ class Grouped(Stage):
     def __post_init__(self) -> None:
         if self.bits not in self.allowed_bits:
             raise RecipeError(f"{self.method}: {self.bits} bits is not one of {_listed(self.allowed_bits)}")
-        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise RecipeError(f"{self.method}: group size {self.group_size} is not a multiple of 8, nor -1 for a row")
+        if self.group_size != -1 and (not 8 <= self.group_size <= _LARGEST_GROUP or self.group_size % 8):
+            raise RecipeError(
+                f"{self.method}: group size {self.group_size} is not a multiple of 8 up to {_LARGEST_GROUP}, "
+                "nor -1 (`row` in a name) for a whole row"
+            )
 
     @property
     def precision(self) -> str:
@@ -230,7 +244,7 @@ class Mixed(Stage):
 
     @property
     def name(self) -> str:
-        return f"{self.method}{self.budget_bits:g}"
+        return f"{self.method}{_plain(self.budget_bits)}"
 
     @property
     def precision(self) -> str:
@@ -333,7 +347,13 @@ def _check_share(method: str, share: float) -> None:
 
 
 def _unless_default(prefix: str, value: float, default: float) -> str:
-    return "" if value == default else f"-{prefix}{value:g}"
+    return "" if value == default else f"-{prefix}{_plain(value)}"
+
+
+def _plain(value: float) -> str:
+    """Every digit, and no exponent, so that a name reads back as it was."""
+    text = f"{Decimal(repr(value)):f}"
+    return text.removesuffix(".0")
 
 
 def _percent(share: float) -> int:

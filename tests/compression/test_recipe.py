@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serve.compression.recipe import Recipe
 from serve.compression.stages import Dense, Gptq, Int8, Nf4, RoundToNearest, Wanda
 from serve.errors import RecipeError
+from serve.loading import load
 
 NAMES = [
     "fp32", "bf16", "fp16", "int8", "int8-weight", "int8-static", "llm-int8", "fp8", "nf4", "nf4-dq", "nf4-b128-dq",
@@ -70,6 +71,28 @@ def test_precision_is_the_stored_number_format(name: str, precision: str) -> Non
         ({"method": "gptq", "bit": 4}, "unknown key 'bit'"),
         ({"method": "dense", "dtype": "fp8"}, "not one of fp32"),
         ({"stages": ["int8"], "lm_head": "int4"}, "not one of keep, int8"),
+        ("int8+", r"'int8\+': nothing stands beside one of its \+"),
+        ("wanda50-2:4", "exactly half; write wanda-2:4"),
+        ("wanda-4:8", "unknown option '4:8'; known: 2:4, without a percentage"),
+        ("wanda33.3", "33.3 % is not a whole percentage"),
+        ("depth25+structured25+depth25", "depth25.depth25: the same method twice"),
+        ("gptq4-g1000000000", "not a multiple of 8 up to 1048576, nor -1"),
+        ("gptq٤", "unknown name"),
+        ("x" * 5000, r"unknown name 'x{60}\.\.\.'; known"),
+        ("int8-static-smooth2", "smooth 2.0 is not between 0"),
+        ({"method": "int8-static", "smooth": float("nan")}, "smooth nan is not between 0"),
+        ({"method": "llm-int8", "threshold": -1}, "threshold -1 is not a finite number"),
+        ({"method": ["gptq"]}, r"unknown method \['gptq'\]"),
+        ({"mixed": {"budget": 4}}, "recipe: mixed: unknown key 'budget'; known: budget_bits"),
+        ({"mixed": {"method": "gptq"}}, "recipe: mixed: unknown key 'method'"),
+        ({"mixed": {"budget_bits": 4}, "stages": ["gptq4"]}, "two quantizers"),
+        ({"stages": ["int8+head8"], "lm_head": "keep"}, "keep contradicts the stage head8"),
+        ({"stages": ["int8"], "skip": [5]}, "skip: 5 is not a pattern of module names"),
+        ({"stages": ["int8"], "overrides": {"": "nf4"}}, "overrides: '' is not a pattern of module names"),
+        ({"overrides": {"*.0.*": "int9"}}, r"overrides\.\*\.0\.\*: unknown name 'int9'"),
+        ({"overrides": {"*.0.*": "depth25"}}, "depth25 cuts the whole model or nothing"),
+        ({"overrides": {"*.0.*": "mixed4.5"}}, "mixed4.5 chooses for the whole model"),
+        ({"overrides": {"*.0.*": "int8+head8"}}, "write lm_head: int8 beside the overrides"),
         ([3], "a stage is a name or a mapping"),
         (7, "expected a name"),
     ],
@@ -112,6 +135,24 @@ def test_any_text_parses_or_raises_a_recipe_error(text: str) -> None:
     except RecipeError:
         return
     assert Recipe.parse(recipe.name) == recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq4-damp0.00001", "gptq4-g1000000", "mixed4.123456789", "int8-static-smooth0.123456789"]
+)
+def test_names_keep_every_digit(name: str) -> None:
+    assert Recipe.parse(Recipe.parse(name).name) == Recipe.parse(name)
+
+
+def test_a_pattern_that_matches_nothing_in_the_model_is_refused() -> None:
+    recipe = Recipe.parse({"stages": ["int8"], "skip": ["model.layer.0.*"]})
+    with pytest.raises(
+        RecipeError, match=r"skip: 'model\.layer\.0\.\*' matches no layer of this model; they are called model"
+    ):
+        load("builtin:storyteller", recipe, device="cpu")
+    with pytest.raises(RecipeError, match=r"overrides: 'lm_head' matches no layer"):
+        load("builtin:storyteller", Recipe.parse({"stages": ["nf4"], "overrides": {"lm_head": "int8"}}), device="cpu")
+    load("builtin:storyteller", Recipe.parse({"stages": ["int8"], "skip": ["lm_head"]}), device="cpu")
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:
