@@ -15,15 +15,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve.compression.checkpoints import Checkpoint, Weights
+from serve.compression.foreign_settings import ForeignSettings, read_settings
+from serve.compression.foreign_tensors import FLOATS, missing, read_tensor
 from serve.compression.formats.grouped import GroupedLinear
 from serve.compression.formats.integer_grid import GroupedWeight, IntegerGrid
 from serve.compression.formats.linear import LinearSpec
+from serve.compression.formats.nf4 import LEVELS
 from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.restore import REST
@@ -43,7 +47,10 @@ def stored_recipe(settings: Mapping[str, Any], checkpoint: Checkpoint, asked: Re
 
     A 16- or 32-bit recipe asks for the checkpoint as it is, with activations of that type.
     """
-    stage = _stage(settings, checkpoint)
+    try:
+        stage = _stage(read_settings(settings, checkpoint.folder), checkpoint)
+    except RecipeError as error:
+        raise CheckpointError(f"{checkpoint.folder}: config.json: quantization_config: {error}") from error
     wanted = asked.quantizer
     if (wanted is not None and wanted.name != stage.name) or any(s.kind != "quantize" for s in asked.work):
         raise RecipeError(
@@ -55,46 +62,25 @@ def stored_recipe(settings: Mapping[str, Any], checkpoint: Checkpoint, asked: Re
     return Recipe(stages=(Dense(asked.dtype), stage))  # type: ignore[arg-type]
 
 
-def _stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
-    try:
-        stage = _described(settings, checkpoint)
-    except (KeyError, TypeError, ValueError, RecipeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{checkpoint.folder}: its quantization_config cannot be used ({reason})") from error
-    if not _modules(checkpoint):
-        raise CheckpointError(f"{checkpoint.folder}: config.json says {stage.name}, but no file holds such tensors")
-    return stage
-
-
-def _described(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Stage:
-    method = settings.get("quant_method")
-    if method == "gptq":
-        return _gptq_stage(settings, checkpoint)
-    if method == "awq" and str(settings.get("version", "gemm")).lower() == "gemm":
-        return Awq(settings["bits"], settings.get("group_size", 128), symmetric=not settings.get("zero_point", True))
-    if method == "bitsandbytes" and settings.get("load_in_8bit"):
-        return Int8()
-    if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
-        states = (key for key in checkpoint.files if key.endswith(_NF4_STATE))
-        state = _nf4_state(checkpoint, next(states, f"any {_NF4_STATE}"))
-        return Nf4(int(state["blocksize"]), bool(settings.get("bnb_4bit_use_double_quant", False)))
-    raise CheckpointError(
-        f"{checkpoint.folder}: compressed with {method!r} in a form that cannot be read; "
-        "GPTQ, AWQ (gemm) and bitsandbytes (NF4, 8-bit) can"
-    )
-
-
-def _gptq_stage(settings: Mapping[str, Any], checkpoint: Checkpoint) -> Gptq:
-    rules = settings.get("dynamic") or {}  # those that begin with "-:" leave layers alone, which the file shows anyway
-    if settings.get("lm_head") or any(not str(rule).startswith("-:") for rule in rules):
-        raise CheckpointError(f"{checkpoint.folder}: GPTQ with a compressed head or layers of different settings")
-    bits, group_size = int(settings["bits"]), int(settings["group_size"])
+def _stage(settings: ForeignSettings, checkpoint: Checkpoint) -> Stage:
     modules = _modules(checkpoint)
-    zeros = (_gptq_zeros(checkpoint, name, bits, settings) for name in modules)
-    symmetric = all(bool((zero == 2 ** (bits - 1)).all()) for zero in zeros)
+    if not modules:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says {settings.method}, but no file holds such tensors; is the download "
+            "complete?"
+        )
+    if settings.method == "int8":
+        return Int8()
+    if settings.method == "awq":
+        return Awq(settings.bits, settings.group_size, symmetric=not settings.asymmetric)
+    if settings.method == "nf4":
+        state = _nf4_state(checkpoint, modules[0])
+        return Nf4(state.block_size, settings.double_quantization)
+    middle = 2 ** (settings.bits - 1)
+    symmetric = all(bool((_gptq_zeros(checkpoint, name, settings) == middle).all()) for name in modules)
     orders = (_gptq_order(checkpoint, name) for name in modules)
-    reordered = any(order is not None and not _is_natural(order, group_size) for order in orders)
-    return Gptq(bits, group_size, symmetric, activation_order=reordered)
+    reordered = any(order is not None and not _is_natural(order, settings.group_size) for order in orders)
+    return Gptq(settings.bits, settings.group_size, symmetric, activation_order=reordered)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:
@@ -112,11 +98,27 @@ class ForeignParts:
     settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        self.read_settings = read_settings(self.settings, self.checkpoint.folder)
         self.modules = frozenset(_modules(self.checkpoint))
         unknown = self.modules - set(self.skeleton.projections)
         if unknown:
             raise CheckpointError(f"{self.checkpoint.folder}: {min(unknown)} is compressed, but no decoder projection")
+        self._check_halves()
         self.weights = Weights(self.checkpoint, self.skeleton.model, elsewhere=self.modules)
+
+    def _check_halves(self) -> None:
+        """A layer that lacks the tensor by which it is known would be read as if it were not compressed at all."""
+        for name in self.skeleton.projections:
+            if name in self.modules:
+                continue
+            for mark, companion in (("qweight", "qzeros"), ("qweight", "scales"), (_NF4_STATE, "weight.absmax")):
+                if f"{name}.{companion}" in self.checkpoint.files:
+                    raise missing(self.checkpoint, f"{name}.{mark}")
+            key = f"{name}.weight"
+            if key in self.checkpoint.files and not self.checkpoint.read(key).is_floating_point():
+                raise missing(
+                    self.checkpoint, f"{name}.SCB" if self.read_settings.method == "int8" else f"{name}.qweight"
+                )
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -149,16 +151,15 @@ class _Reader:
     def _layer(self, name: str) -> dict[str, Tensor]:
         """One module in our plain layout."""
         stage, spec = self.plan.recipe.quantizer, self.parts.skeleton.spec(name)
-        checkpoint, settings = self.parts.checkpoint, self.parts.settings
-        bias = checkpoint.read(f"{name}.bias").to(spec.dtype, copy=True) if spec.has_bias else None
-        try:
-            if isinstance(stage, Gptq):
-                return _grouped(spec, _gptq_weight(checkpoint, name, stage, settings, spec), bias)
-            if isinstance(stage, Awq):
-                return _grouped(spec, _awq_weight(checkpoint, name, stage, spec), bias)
-            tensors = _nf4(checkpoint, name, stage) if isinstance(stage, Nf4) else _int8(checkpoint, name)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.folder}: {name} cannot be read ({error})") from error
+        checkpoint, settings = self.parts.checkpoint, self.parts.read_settings
+        bias = None
+        if spec.has_bias:
+            bias = read_tensor(checkpoint, f"{name}.bias", FLOATS, (spec.out_features,)).to(spec.dtype, copy=True)
+        if isinstance(stage, Gptq):
+            return _grouped(spec, _gptq_weight(checkpoint, name, stage, settings, spec), bias)
+        if isinstance(stage, Awq):
+            return _grouped(spec, _awq_weight(checkpoint, name, stage, spec), bias)
+        tensors = _nf4(checkpoint, name, stage, spec) if isinstance(stage, Nf4) else _int8(checkpoint, name, spec)
         return tensors | ({} if bias is None else {"bias": bias})
 
 
@@ -170,46 +171,60 @@ def _grouped(spec: LinearSpec, weight: GroupedWeight, bias: Tensor | None) -> di
     return state
 
 
+def _words(codes: int, bits: int) -> int:
+    """How many int32 hold so many codes."""
+    return -(-codes * bits // 32)
+
+
 def _gptq_weight(
-    checkpoint: Checkpoint, name: str, stage: Gptq, settings: Mapping[str, Any], spec: LinearSpec
+    checkpoint: Checkpoint, name: str, stage: Gptq, settings: ForeignSettings, spec: LinearSpec
 ) -> GroupedWeight:
-    codes = _unpack(checkpoint.read(f"{name}.qweight").t().contiguous(), stage.bits)
+    grid = IntegerGrid(stage.bits, stage.group_size, stage.symmetric)
+    columns, rows, groups = spec.in_features, spec.out_features, grid.groups(spec.in_features)
+    packed = read_tensor(checkpoint, f"{name}.qweight", (torch.int32,), (_words(columns, stage.bits), rows))
+    codes = _unpack(packed.t().contiguous(), stage.bits)
     order = None
+    index = _gptq_order(checkpoint, name, columns)
     if stage.activation_order:
-        index = _gptq_order(checkpoint, name)
-        order = torch.arange(codes.shape[1]) if index is None else torch.argsort(index, stable=True)
+        order = torch.arange(columns) if index is None else torch.argsort(index, stable=True)
         if index is not None and not _is_natural(index[order], stage.group_size):
-            raise ValueError(f"g_idx has groups of other sizes than {stage.group_size}")
-    zeros = None if stage.symmetric else _gptq_zeros(checkpoint, name, stage.bits, settings)
-    return GroupedWeight(
-        IntegerGrid(stage.bits, stage.group_size, stage.symmetric),
-        codes if order is None else codes[:, order],
-        checkpoint.read(f"{name}.scales").to(spec.dtype),
-        zeros,
-        order,
-    )
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name}.g_idx has groups of other sizes than quantization_config."
+                f"group_size {stage.group_size}; correct config.json, or start from the uncompressed model"
+            )
+    read_tensor(checkpoint, f"{name}.qzeros", (torch.int32,), (groups, _words(rows, stage.bits)))
+    zeros = None if stage.symmetric else _gptq_zeros(checkpoint, name, settings)
+    scales = read_tensor(checkpoint, f"{name}.scales", FLOATS, (groups, rows)).to(spec.dtype)
+    return GroupedWeight(grid, codes if order is None else codes[:, order], scales, zeros, order)
 
 
-def _gptq_order(checkpoint: Checkpoint, name: str) -> Tensor | None:
+def _gptq_order(checkpoint: Checkpoint, name: str, columns: int | None = None) -> Tensor | None:
     """The group of each input, int64 `[in]`; some writers leave it out where groups are neighbours."""
     key = f"{name}.g_idx"
-    return checkpoint.read(key).long() if key in checkpoint.files else None
+    if key not in checkpoint.files:
+        return None
+    return read_tensor(checkpoint, key, (torch.int32, torch.int64), (columns,)).long()
 
 
-def _gptq_zeros(checkpoint: Checkpoint, name: str, bits: int, settings: Mapping[str, Any]) -> Tensor:
+def _gptq_zeros(checkpoint: Checkpoint, name: str, settings: ForeignSettings) -> Tensor:
     """Zero points uint8 `[groups, out]`; the older format stores them less one, modulo the number of levels."""
-    zeros = _unpack(checkpoint.read(f"{name}.qzeros"), bits)
-    second = settings.get("checkpoint_format", settings.get("format")) == "gptq_v2"
-    return zeros if second else (zeros + 1) & (2**bits - 1)
+    zeros = _unpack(read_tensor(checkpoint, f"{name}.qzeros", (torch.int32,), (None, None)), settings.bits)
+    return (zeros + 1) & (2**settings.bits - 1) if settings.zeros_less_one else zeros
 
 
 def _awq_weight(checkpoint: Checkpoint, name: str, stage: Awq, spec: LinearSpec) -> GroupedWeight:
-    if stage.bits != 4:
-        raise CheckpointError(f"{name}: AWQ with {stage.bits} bits; only 4 can be read")
-    codes = _in_order(_unpack(checkpoint.read(f"{name}.qweight"), 4)).t().contiguous()
-    zeros = None if stage.symmetric else _in_order(_unpack(checkpoint.read(f"{name}.qzeros"), 4))
-    grid = IntegerGrid(4, stage.group_size, stage.symmetric)
-    return GroupedWeight(grid, codes, checkpoint.read(f"{name}.scales").to(spec.dtype), zeros)
+    grid = IntegerGrid(stage.bits, stage.group_size, stage.symmetric)
+    columns, rows, groups = spec.in_features, spec.out_features, grid.groups(spec.in_features)
+    words = _words(rows, stage.bits)
+    packed = read_tensor(checkpoint, f"{name}.qweight", (torch.int32,), (columns, words))
+    codes = _in_order(_unpack(packed, stage.bits)).t().contiguous()
+    zeros = None
+    if not stage.symmetric:
+        stored = read_tensor(checkpoint, f"{name}.qzeros", (torch.int32,), (groups, words))
+        zeros = _in_order(_unpack(stored, stage.bits))
+    return GroupedWeight(
+        grid, codes, read_tensor(checkpoint, f"{name}.scales", FLOATS, (groups, rows)).to(spec.dtype), zeros
+    )
 
 
 def _in_order(codes: Tensor) -> Tensor:
@@ -217,25 +232,55 @@ def _in_order(codes: Tensor) -> Tensor:
     return eights.reshape(codes.shape)
 
 
-def _nf4(checkpoint: Checkpoint, name: str, stage: Stage) -> dict[str, Tensor]:
-    assert isinstance(stage, Nf4)
-    read = checkpoint.read
-    tensors = {"weight": read(f"{name}.weight").reshape(-1), "absmax": read(f"{name}.weight.absmax").reshape(-1)}
-    if stage.double_quantization:
-        state = _nf4_state(checkpoint, f"{name}.{_NF4_STATE}")
-        tensors["absmax_scale"] = read(f"{name}.weight.nested_absmax").reshape(-1)
-        tensors["absmax_code"] = read(f"{name}.weight.nested_quant_map")
-        tensors["absmax_offset"] = torch.tensor(float(state["nested_offset"]))
+@dataclass(frozen=True)
+class _Nf4State:
+    """What bitsandbytes writes beside a layer: JSON in bytes."""
+
+    block_size: int
+    offset: float
+
+
+def _nf4_state(checkpoint: Checkpoint, name: str) -> _Nf4State:
+    key = f"{name}.{_NF4_STATE}"
+    try:
+        state = json.loads(bytes(read_tensor(checkpoint, key, (torch.uint8,), (None,)).tolist()))
+        return _Nf4State(int(state["blocksize"]), float(state.get("nested_offset") or 0))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {key} is no description of an NF4 layer ({error}); download it again"
+        ) from error
+
+
+def _nf4(checkpoint: Checkpoint, name: str, stage: Nf4, spec: LinearSpec) -> dict[str, Tensor]:
+    state, count = _nf4_state(checkpoint, name), spec.in_features * spec.out_features
+    if state.block_size != stage.block_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has NF4 blocks of {state.block_size} values, others of {stage.block_size}; "
+            "one size can be read: start from the uncompressed model"
+        )
+    blocks = -(-count // stage.block_size)
+    double = stage.double_quantization
+    read = partial(read_tensor, checkpoint)
+    levels = f"{name}.weight.quant_map"
+    if levels in checkpoint.files and not torch.allclose(read(levels, (torch.float32,), (16,)), torch.tensor(LEVELS)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {levels} has other levels than NF4; start from the original"
+        )
+    tensors = {
+        "weight": read(f"{name}.weight", (torch.uint8,)).reshape(-1),
+        "absmax": read(f"{name}.weight.absmax", (torch.uint8 if double else torch.float32,), (blocks,)),
+    }
+    if double:
+        tensors["absmax_scale"] = read(f"{name}.weight.nested_absmax", (torch.float32,)).reshape(-1)
+        tensors["absmax_code"] = read(f"{name}.weight.nested_quant_map", (torch.float32,), (256,))
+        tensors["absmax_offset"] = torch.tensor(state.offset)
     return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
-def _nf4_state(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(bytes(checkpoint.read(key).tolist()))
-    return state
-
-
-def _int8(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    return {"weight": checkpoint.read(f"{name}.weight").clone(), "scale": checkpoint.read(f"{name}.SCB").float() / 127}
+def _int8(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> dict[str, Tensor]:
+    weight = read_tensor(checkpoint, f"{name}.weight", (torch.int8,), (spec.out_features, spec.in_features))
+    largest = read_tensor(checkpoint, f"{name}.SCB", FLOATS, (spec.out_features,))
+    return {"weight": weight.clone(), "scale": largest.float() / 127}
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
