@@ -1,4 +1,4 @@
-"""What config.json says of how another program compressed a checkpoint, read strictly: guesses would serve wrong numbers.
+"""What config.json says of how another program compressed a checkpoint, read strictly: guesses would serve nonsense.
 
 Every refusal names the field of `quantization_config` and what can be done instead. Knows nothing about tensors.
 """

@@ -1,4 +1,4 @@
-"""Another program's tensors, read only if they are what config.json calls for: the right type, size, and finite scales."""
+"""Another program's tensors, read only if they are what config.json calls for: type, size, and finite scales."""
 
 from __future__ import annotations
 
