@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from serve.compression.restore import REST, finish_rest, move_buffers, restore_p
 from serve.compression.skeleton import Skeleton, set_module, set_tensor, weight_of
 from serve.errors import CompressionError
 
-__all__ = ["Activations", "Progress", "Reader", "Sink", "compress", "silent"]
+__all__ = ["Activations", "NoNotes", "Notes", "Progress", "Reader", "Sink", "compress", "silent"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, of how much)."""
@@ -44,6 +44,24 @@ class Sink(Protocol):
         ...
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class Notes(Protocol):
+    """Remembers what was decided layer by layer before anything is compressed, beyond an interruption."""
+
+    def remember(self, name: str, facts: Mapping[str, Any]) -> None: ...
+
+    def recall(self, name: str) -> dict[str, Any] | None: ...
+
+
+class NoNotes:
+    """Remembers nothing."""
+
+    def remember(self, name: str, facts: Mapping[str, Any]) -> None:
+        return None
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        return None
 
 
 class Reader(Protocol):

@@ -25,7 +25,7 @@ from serve.compression.activations import BlockActivations
 from serve.compression.artifact import Artifact, Draft, Store
 from serve.compression.calibration import Calibration, bundled
 from serve.compression.checkpoints import Checkpoint, Source, Weights
-from serve.compression.compress import Progress, Reader, Sink, compress, silent
+from serve.compression.compress import Notes, Progress, Reader, Sink, compress, silent
 from serve.compression.foreign import ForeignParts, stored_recipe
 from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
 from serve.compression.plan import Plan, check_patterns
@@ -134,7 +134,7 @@ class Loader:
     def compress(self, sink: Sink | None) -> LoadReport:
         """Read the checkpoint and apply the recipe."""
         with self.timed("compress"):
-            weights = self._weights()
+            weights = self._weights(sink if isinstance(sink, Draft) else None)
             if isinstance(self.recipe.quantizer, Mixed):
                 self._use(self._mixed(weights, sink))
             activations = self._activations(self.skeleton) if self.recipe.calibrates_layers else None
@@ -214,7 +214,7 @@ class Loader:
             return 0
         return sum(p.numel() for p in build(self.source.config, DTYPES[self.recipe.dtype]).model.parameters())
 
-    def _weights(self) -> Reader:
+    def _weights(self, notes: Notes | None) -> Reader:
         """The checkpoint as the empty model names its tensors; cut first, where the recipe says so."""
         checkpoint, config = Checkpoint.open(self.source), self.source.config
         if not self.recipe.structures:
@@ -223,7 +223,7 @@ class Loader:
         weights: Reader = Weights(checkpoint, whole.model)
         for stage in self.recipe.structures:
             smaller = cut_config(config, stage)
-            weights = cut(whole, weights, smaller, self._activations(whole), self.progress)
+            weights = cut(whole, weights, smaller, self._activations(whole), self.progress, notes)
             config, whole = smaller, build(smaller, DTYPES[self.recipe.dtype])
         return weights
 
@@ -245,7 +245,8 @@ class Loader:
         dense, plain = self._build(plain), Recipe(stages=plain.stages[:1])
         compress(dense, weights, Plan(plain, self.plan.device), mapped=True)
         assert self.calibration is not None
-        mixed = mix(self.recipe, dense, self.samples(self.calibration), self.plan.device, progress=self.progress)
+        text = self.samples(self.calibration)
+        mixed = mix(self.recipe, dense, text, self.plan.device, progress=self.progress, notes=draft)
         if draft is not None:
             draft.remember("recipe", mixed.to_dict())
         return mixed

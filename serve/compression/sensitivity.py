@@ -20,7 +20,7 @@ from torch import Tensor
 
 from serve.compression import methods
 from serve.compression.activations import BlockActivations
-from serve.compression.compress import Progress, silent
+from serve.compression.compress import NoNotes, Notes, Progress, silent
 from serve.compression.formats.linear import CompressedLinear, LinearSpec
 from serve.compression.method import Group, InputStatistics, Need, Projection
 from serve.compression.methods.gptq import layer_loss
@@ -60,21 +60,31 @@ def measure_sensitivity(
     *,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
+    notes: Notes | None = None,
 ) -> dict[str, list[Choice]]:
     """For every projection of a model that is filled and dense, what each candidate would do. Leaves it as it was.
 
-    Bits are counted with scales in `dtype`, whatever type the measurement is made in.
+    Bits are counted with scales in `dtype`, whatever type the measurement is made in. A block that `notes` has is not
+    measured again.
     """
+    notes = notes or NoNotes()
     evaluate = DivergenceMeter.of(skeleton, samples, device)
     activations = BlockActivations(skeleton, samples, device)
     found: dict[str, list[Choice]] = {}
     for done, block in enumerate(skeleton.blocks):
         progress("sensitivity", done, len(skeleton.blocks))
         names = [name for name in skeleton.projections if name.startswith(f"{block}.")]
-        statistics = activations.measure(block, names, Need.GRAM)
-        for name in names:
-            if name in statistics:
-                found[name] = _measure_one(skeleton, name, statistics[name], candidates, evaluate, dtype)
+        known = notes.recall(note := f"sensitivity-{block}")
+        if known is None:
+            statistics = activations.measure(block, names, Need.GRAM)
+            reached = [name for name in names if name in statistics]
+            measured = {
+                name: _measure_one(skeleton, name, statistics[name], candidates, evaluate, dtype) for name in reached
+            }
+            notes.remember(note, {name: [choice.to_dict() for choice in made] for name, made in measured.items()})
+        else:
+            measured = {name: [Choice(**choice) for choice in known[name]] for name in names if name in known}
+        found |= measured
         activations.advance(block)
     return found
 
@@ -86,6 +96,7 @@ def mix(
     device: torch.device,
     *,
     progress: Progress = silent,
+    notes: Notes | None = None,
 ) -> Recipe:
     """`recipe` with a precision for every projection, measured on a filled and dense `skeleton`.
 
@@ -94,7 +105,8 @@ def mix(
     stage = recipe.quantizer
     assert isinstance(stage, Mixed)
     dtype = DTYPES[recipe.dtype]
-    choices = measure_sensitivity(skeleton, samples[:_SAMPLES], device, dtype=dtype, progress=progress)
+    text = samples[:_SAMPLES]
+    choices = measure_sensitivity(skeleton, text, device, dtype=dtype, progress=progress, notes=notes)
     weights = {name: skeleton.spec(name).in_features * skeleton.spec(name).out_features for name in choices}
     chosen = choose(choices, weights, stage.budget_bits)
     return replace(recipe, overrides=(*recipe.overrides, *chosen.items()))

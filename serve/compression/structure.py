@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from serve.compression.activations import BlockActivations
-from serve.compression.compress import Progress, Reader
+from serve.compression.compress import NoNotes, Notes, Progress, Reader
 from serve.compression.method import Need
 from serve.compression.methods.quantizers import gram_of
 from serve.compression.methods.structured import choose_parts, part_columns, refit
@@ -88,12 +88,18 @@ def way(config: PretrainedConfig, goal: PretrainedConfig) -> list[PretrainedConf
 
 @torch.no_grad()
 def cut(
-    skeleton: Skeleton, weights: Reader, smaller: PretrainedConfig, activations: BlockActivations, progress: Progress
+    skeleton: Skeleton,
+    weights: Reader,
+    smaller: PretrainedConfig,
+    activations: BlockActivations,
+    progress: Progress,
+    notes: Notes | None = None,
 ) -> CutWeights:
     """Choose what stays of the empty `skeleton` at the size that `smaller` has, which differs in depth or in width.
 
-    Its blocks are filled and emptied again one after another.
+    Its blocks are filled and emptied again one after another. What `notes` has of a block is not chosen again.
     """
+    notes = notes or NoNotes()
     inside = tuple(f"{block}." for block in skeleton.blocks)
     outside = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(inside)]
     _fill(skeleton, weights, outside, activations.device)
@@ -101,7 +107,7 @@ def cut(
     count = smaller.get_text_config(decoder=True).num_hidden_layers
     if count < len(skeleton.blocks):
         return _choose_layers(skeleton, weights, count, activations, progress)
-    return _choose_width(skeleton, weights, smaller, activations, progress)
+    return _choose_width(skeleton, weights, smaller, activations, progress, notes)
 
 
 class CutWeights:
@@ -215,6 +221,7 @@ def _choose_width(
     smaller: PretrainedConfig,
     activations: BlockActivations,
     progress: Progress,
+    notes: Notes,
 ) -> CutWeights:
     sizes = _Sizes.of(skeleton.model.config), _Sizes.of(smaller)
     result = CutWeights(weights)
@@ -223,7 +230,7 @@ def _choose_width(
         names = _projections(skeleton, block)
         with _filled(skeleton, weights, block, activations.device):
             for reader, keep in sizes[0].readers(sizes[1]):
-                changed = _cut_parts(skeleton, weights, block, names, reader, keep, activations)
+                changed = _cut_parts(skeleton, weights, block, names, reader, keep, activations, notes)
                 result.put(changed)
             activations.advance(block)
     return result
@@ -273,6 +280,7 @@ def _cut_parts(
     reader: _Reader,
     keep: int,
     activations: BlockActivations,
+    notes: Notes,
 ) -> dict[str, Tensor]:
     """Cut in the file's type, and leave the block at its old size but computing the same."""
     name = names[reader.name]
@@ -282,7 +290,12 @@ def _cut_parts(
     gram = gram_of(measured.get(name), name)
     stored = weights.read(f"{name}.weight")
     weight = stored.to(gram.device, torch.float32)
-    parts = choose_parts(weight, gram, reader.width, keep, name=name)
+    known = notes.recall(note := f"cut-{name}")
+    if known is None:
+        parts = choose_parts(weight, gram, reader.width, keep, name=name)
+        notes.remember(note, {"kept": parts.tolist()})
+    else:
+        parts = torch.tensor(known["kept"], device=gram.device)
     columns = part_columns(parts, reader.width)
     fitted = refit(weight, gram, columns, name=name)
     dense: Any = skeleton.model.get_submodule(name)
