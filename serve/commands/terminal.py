@@ -42,6 +42,9 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes:.3g} TB"
 
 
+_LONGEST_LAYER_S = 1800.0  # by default what took more than half a minute counts for nothing, and no time left is shown
+
+
 class Steps:
     """Named steps of long work: a bar for the one at hand on a terminal, elsewhere a line for each that is done."""
 
@@ -56,10 +59,15 @@ class Steps:
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
             TextColumn("{task.fields[stage]}"), TimeElapsedColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
+            speed_estimate_period=_LONGEST_LAYER_S,
         )  # fmt: skip
-        task = bars.add_task(label, total=None, stage="starting")
+        task, shown = bars.add_task(label, total=None, stage="starting"), "starting"
 
         def tell(stage: str, done: int, total: int) -> None:
+            nonlocal shown
+            if stage != shown:  # whose layers take another time, so that what is left is estimated anew
+                bars.reset(task, total=total or None)
+                shown = stage
             bars.update(task, stage=stage, completed=done, total=total or None)
 
         end = "not finished"
