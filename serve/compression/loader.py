@@ -33,9 +33,10 @@ from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
 from serve.compression.restore import restore
 from serve.compression.sensitivity import mix
+from serve.compression.sizes import cut_config
 from serve.compression.skeleton import DTYPES, Skeleton, build
 from serve.compression.stages import Dense, Mixed
-from serve.compression.structure import cut, cut_config
+from serve.compression.structure import cut
 from serve.errors import ArtifactError, CheckpointError, RecipeError, UnsupportedHardware
 
 __all__ = ["Loader", "context_length"]

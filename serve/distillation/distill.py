@@ -15,8 +15,8 @@ from typing import Any
 from serve.compression.calibration import Calibration
 from serve.compression.compress import Progress, silent
 from serve.compression.recipe import Recipe
+from serve.compression.sizes import choose_layers, cut_config
 from serve.compression.skeleton import Skeleton
-from serve.compression.structure import choose_layers, cut_config
 from serve.distillation.held_out import Distance
 from serve.distillation.school import School, Text
 from serve.distillation.settings import Settings

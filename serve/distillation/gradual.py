@@ -16,8 +16,8 @@ from serve.compression.calibration import Calibration
 from serve.compression.compress import Progress, silent
 from serve.compression.recipe import Recipe
 from serve.compression.report import LoadReport
+from serve.compression.sizes import between, cut_config, way
 from serve.compression.stages import Sparse, Stage
-from serve.compression.structure import between, cut_config, way
 from serve.distillation.held_out import Distance
 from serve.distillation.school import School, Text
 from serve.distillation.settings import Settings

@@ -24,9 +24,10 @@ from serve.compression.compress import Progress, Reader, compress, silent
 from serve.compression.loader import context_length
 from serve.compression.plan import Plan, Treatment
 from serve.compression.recipe import Recipe
+from serve.compression.sizes import choose_layers
 from serve.compression.skeleton import DTYPES, Skeleton, build
 from serve.compression.stages import Dense
-from serve.compression.structure import CutWeights, choose_layers, cut
+from serve.compression.structure import CutWeights, cut
 from serve.errors import RecipeError
 from serve.saving import copy_companions
 

@@ -18,9 +18,10 @@ from serve.compression.methods.rounding import Fp8Method, LlmInt8Method
 from serve.compression.plan import Plan
 from serve.compression.recipe import Recipe
 from serve.compression.sensitivity import mix
+from serve.compression.sizes import cut_config
 from serve.compression.skeleton import build
 from serve.compression.stages import Mixed
-from serve.compression.structure import cut, cut_config
+from serve.compression.structure import cut
 from serve.errors import CompressionError
 
 CPU = torch.device("cpu")

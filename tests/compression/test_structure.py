@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
+from serve.compression.sizes import cut_config
 from serve.compression.stages import Depth, Structured
-from serve.compression.structure import cut_config
 from serve.errors import RecipeError, UnsupportedArchitecture
 from serve.loading import LoadedModel, load
 from serve.saving import compress_to
