@@ -93,7 +93,7 @@ def _with_local_source(config: Config) -> Config:
     elsewhere = {v.source for v in config.variants if v.source != _EMBEDDED and not Path(v.source).is_dir()}
     if not elsewhere:
         return config
-    from serve.compression.checkpoints import find_source
+    from serve.compression.source import find_source
 
     folders = {source: str(find_source(source)) for source in elsewhere}
     return replace(config, variants=tuple(replace(v, source=folders.get(v.source, v.source)) for v in config.variants))

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from serve.compression.artifact import default_root
-from serve.compression.checkpoints import find_source
 from serve.compression.recipe import Recipe
+from serve.compression.source import find_source
 from serve.evaluation.served import served_logits
 from serve.kernels import unavailable
 from serve.loading import load

@@ -99,7 +99,7 @@ def damage(folder: Path) -> None:
     """The embedded model with most of its layers missing: faster than it should be, and wrong."""
     from safetensors.torch import load_file, save_file
 
-    from serve.compression.checkpoints import find_source
+    from serve.compression.source import find_source
 
     shutil.copytree(find_source("builtin:storyteller"), folder)
     config = json.loads((folder / "config.json").read_text())

@@ -46,11 +46,11 @@ def measure(progress: Progress, source: str, recipes: list[Recipe], device: str)
 
 
 def _weigh(source: str, recipe: Recipe, device: Any) -> tuple[int, int, int]:
-    from serve.compression.checkpoints import Source
     from serve.compression.loader import context_length
     from serve.compression.plan import Plan
     from serve.compression.sizes import cut_config
     from serve.compression.skeleton import DTYPES, build
+    from serve.compression.source import Source
 
     config = Source.find(source).config
     whole = sum(parameter.numel() for parameter in build(config, DTYPES["fp32"]).model.parameters())

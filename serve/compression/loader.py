@@ -6,8 +6,6 @@ before is mapped; or the source is itself compressed already, by us or by anothe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -19,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from serve.compression import digests
 from serve.compression.account import account
 from serve.compression.activations import BlockActivations
 from serve.compression.artifact import Artifact, Draft, Store
 from serve.compression.calibration import Calibration, bundled
-from serve.compression.checkpoints import Checkpoint, Source, Weights
+from serve.compression.checkpoints import Checkpoint, Weights
 from serve.compression.compress import Notes, Progress, Reader, Sink, compress, silent
+from serve.compression.fingerprint import facts_of, fingerprint_of
 from serve.compression.foreign import ForeignParts, stored_recipe
 from serve.compression.memory import PeakMemory, prompt_release, release, watch_peak
 from serve.compression.plan import Plan, check_patterns
@@ -35,14 +33,12 @@ from serve.compression.restore import restore
 from serve.compression.sensitivity import mix
 from serve.compression.sizes import cut_config
 from serve.compression.skeleton import DTYPES, Skeleton, build
+from serve.compression.source import Source
 from serve.compression.stages import Dense, Mixed
 from serve.compression.structure import cut
 from serve.errors import ArtifactError, CheckpointError, RecipeError, UnsupportedHardware
 
 __all__ = ["Loader", "context_length"]
-
-CODE_VERSION = 4
-"""Part of every fingerprint: raised when the same recipe would give other numbers than before."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +66,9 @@ class Loader:
                 check_patterns(recipe, self.skeleton.projections, dict(self.skeleton.model.named_modules()))
             self.calibration = (calibration or bundled()) if self.recipe.needs_calibration and not self.stored else None
             self.plan = Plan(self.recipe, device, pruned=pruned)
-            self.facts = _facts(self.source, self.recipe, self.calibration) | ({"pruned": True} if pruned else {})
+            self.facts = facts_of(self.source, self.recipe, self.calibration) | ({"pruned": True} if pruned else {})
             made_by_us = self.source.artifact
-            self.fingerprint = made_by_us.fingerprint if made_by_us else _fingerprint(self.facts)
+            self.fingerprint = made_by_us.fingerprint if made_by_us else fingerprint_of(self.facts)
             self.tokenizer = _tokenizer(self.source)
         self.report: LoadReport | None = None
         self._calibrated: list[BlockActivations] = []
@@ -316,20 +312,6 @@ def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
         if isinstance(length := getattr(text, name, None), int):
             return length
     return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1 << 24 else 2048
-
-
-def _facts(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """Everything that decides the weights."""
-    return {
-        "code_version": CODE_VERSION,
-        "source": digests.of_folder(source.folder, source.weight_files),
-        "recipe": recipe.to_dict(),
-        "calibration": calibration.to_dict() if calibration is not None else None,
-    }
-
-
-def _fingerprint(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:

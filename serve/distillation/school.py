@@ -19,11 +19,11 @@ import torch
 
 from serve.compression import digests
 from serve.compression.calibration import Calibration, bundled
-from serve.compression.checkpoints import Source
 from serve.compression.compress import Progress, silent
 from serve.compression.loader import find_device
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import Skeleton
+from serve.compression.source import Source
 from serve.compression.stages import Dense
 from serve.distillation.held_out import Distance, measure
 from serve.distillation.sampling import sample_texts

@@ -19,13 +19,14 @@ from transformers.utils import logging
 
 from serve.compression.activations import BlockActivations
 from serve.compression.calibration import Calibration
-from serve.compression.checkpoints import Checkpoint, Source, Weights
+from serve.compression.checkpoints import Checkpoint, Weights
 from serve.compression.compress import Progress, Reader, compress, silent
 from serve.compression.loader import context_length
 from serve.compression.plan import Plan, Treatment
 from serve.compression.recipe import Recipe
 from serve.compression.sizes import choose_layers
 from serve.compression.skeleton import DTYPES, Skeleton, build
+from serve.compression.source import Source
 from serve.compression.stages import Dense
 from serve.compression.structure import CutWeights, cut
 from serve.errors import RecipeError

@@ -24,13 +24,14 @@ from transformers import (
 )
 
 from serve.compression.activations import BlockActivations
-from serve.compression.checkpoints import Checkpoint, Source, Weights
+from serve.compression.checkpoints import Checkpoint, Weights
 from serve.compression.compress import compress
 from serve.compression.formats import CompressedLinear, LinearSpec
 from serve.compression.method import Group, InputStatistics, Need
 from serve.compression.plan import Plan, Treatment
 from serve.compression.recipe import Recipe
 from serve.compression.skeleton import Skeleton, build
+from serve.compression.source import Source
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
