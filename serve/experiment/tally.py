@@ -2,7 +2,8 @@
 
 What counts: a request that the experiment's split dealt to one of its arms. What is left out is counted by reason:
 pinned, held out, the client's own fault, warm-up, mirrored, and dealt earlier. Each record counts once, however often
-it comes; its drift may follow later under its number. A request still open past the deadline has failed.
+it comes; its drift may follow later under its number. What the reference served and another arm read is that arm's
+drift, and stands beside that of its own answers. A request still open past the deadline has failed.
 """
 
 from __future__ import annotations
@@ -115,9 +116,8 @@ class Tally:
     def _take(self, sender: Sender, outcome: Outcome) -> None:
         record = outcome.record
         if sender.is_done(record):
-            if outcome.drift and record in sender.unscored:
+            if record in sender.unscored and self._score(outcome, self._place(outcome)):
                 del sender.unscored[record]
-                self.arms[outcome.variant].score(outcome.drift, self._place(outcome))
             return
         counts = self._counts(outcome)
         if self._is_dealt_here(outcome) and outcome.route != "pinned" and not outcome.shadow:
@@ -169,14 +169,19 @@ class Tally:
         settled = outcome.assigned_at_s - self.since_s >= self.plan.settle_s
         arm = self.arms[outcome.variant]
         arm.count(outcome, place, settled=settled)
-        if outcome.drift:
-            arm.score(outcome.drift, place)
-        else:
+        if not self._score(outcome, place):
             sender.unscored[outcome.record] = None
             while len(sender.unscored) > _LATE:
                 sender.unscored.pop(next(iter(sender.unscored)))
         if settled:
             self._compare(outcome)
+
+    def _score(self, outcome: Outcome, place: Place) -> bool:
+        """Add what the answer says of an arm's drift; False if it says nothing (yet)."""
+        found = [(arm, drift) for name, arm in self.arms.items() if (drift := outcome.drift_of(name))]
+        for arm, drift in found:
+            arm.score(drift, place)
+        return bool(found)
 
     def _compare(self, outcome: Outcome) -> None:
         """A baseline's request is compared with every other arm, another's with the baseline's alone."""

@@ -9,7 +9,9 @@ What counts, by rule:
   requests say nothing about the variant;
 * a burst of failures, one hang for instance, is one event: per block of time and arm, failures beyond three, or beyond
   three times more than usual, are not added to the count;
-* a request counts once, however often its record arrives.
+* a request counts once, however often its record arrives;
+* the canary's quality is what its own answers drift, and how it reads an answer that stable served. A perplexity ratio
+  looks only at tokens where it is fair: `Drift.nll_ratio_tokens` are prompts, and of stable's answers also the text.
 
 The state is bounded and plain: `to_dict` after the same parcels in the same order is the same.
 """
@@ -30,7 +32,7 @@ __all__ = ["Evidence", "Rules", "StepSeen"]
 HARD_ERRORS: Final = ("replica_died", "nan", "oom")
 _REMEMBERED: Final = 20_000  # units in the sample-ratio test: more would not change its answer
 _PARTNERS: Final = 4096  # requests that wait for their mirror image, per ingress
-_LATE: Final = 4096  # records that may still get their drift, per ingress
+_LATE: Final = 8192  # records that may still get their drift, per ingress
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,15 @@ class Evidence:
 
     def _score_late(self, sender: Sender, outcome: Outcome, step: StepSeen | None) -> None:
         """Drift is measured after the answer, and comes under the number of a record that has counted already."""
-        if step and outcome.drift and outcome.record in sender.unscored:
+        if step and outcome.drift_of(self.rules.canary) and outcome.record in sender.unscored:
             del sender.unscored[outcome.record]
-            self.nonfinite_tokens += outcome.drift.nonfinite_tokens
-            self._measure(outcome, step, levels=True)
+            self._score(outcome, step)
+
+    def _score(self, outcome: Outcome, step: StepSeen) -> None:
+        """The canary's quality: its drift from the reference, on its own answer or on one of stable's."""
+        if drift := outcome.drift_of(self.rules.canary):
+            self.nonfinite_tokens += drift.nonfinite_tokens
+            self._measure(replace(outcome, drift=drift), step, levels=True)
 
     def _expire(self, sender: Sender, sent_at_s: float) -> None:
         for record, outcome in list(sender.open.items()):
@@ -188,9 +195,9 @@ class Evidence:
             return
         self.finished_in_step.setdefault(str(step.index), [0, 0])[not canary] += 1
         self._measure(outcome, step, levels=False)
-        if canary and outcome.drift:
-            self._measure(outcome, step, levels=True)
-        elif canary:
+        if outcome.drift_of(self.rules.canary):
+            self._score(outcome, step)
+        else:
             sender.unscored[outcome.record] = None
             _forget(sender.unscored, _LATE)
         self._pair(sender, outcome, step)
@@ -229,8 +236,6 @@ class Evidence:
     def _watch_hard_failures(self, outcome: Outcome) -> None:
         if outcome.error in HARD_ERRORS:
             self.incident(str(outcome.error), outcome.finished_at_s or outcome.assigned_at_s)
-        if outcome.drift:
-            self.nonfinite_tokens += outcome.drift.nonfinite_tokens
         self.failures_in_a_row = 0 if outcome.ok else self.failures_in_a_row + 1
 
     def _pair(self, sender: Sender, outcome: Outcome, step: StepSeen) -> None:

@@ -106,6 +106,12 @@ class Outcome:
         """It ended, and well."""
         return not self.is_open and self.error is None
 
+    def drift_of(self, variant: str) -> Drift | None:
+        """What this answer says about a variant: its own answer's drift, or how it read the reference's."""
+        if variant == self.variant:
+            return self.drift
+        return self.reading if variant == self.read_by else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; what equals its default is left out."""
         return {key: value for key, value in asdict(self).items() if value != _DEFAULTS.get(key, _REQUIRED)}

@@ -83,6 +83,20 @@ def test_drift_that_follows_later_is_added_to_its_request() -> None:
     assert seen["perplexity_ratio"]["estimate"] == pytest.approx(1.105, abs=0.001)
 
 
+def test_an_answer_of_the_reference_that_another_arm_read_is_that_arms_drift() -> None:
+    revision = PLAN.split(BASE).revision
+    served = Outcome(1, "bf16", "sticky", revision, 1.0, "0" * 16, 2.0)
+    drift = Drift(10, 0.02, 0.5, 9, nll_variant_nats=33.0, nll_reference_nats=30.0, nll_ratio_tokens=30)
+    tally = Tally.begin(PLAN, revision, 0.0)
+    tally.take(Batch("i", 1, 2.0, (served,)))
+    for sequence in (2, 3):
+        tally.take(Batch("i", sequence, 3.0, (replace(served, read_by="int8", reading=drift),)))
+    shown = rows(told(tally))
+    assert shown["bf16"]["drift"] is None
+    assert (shown["int8"]["n"], shown["int8"]["drift"]["requests"]) == (0, 1)
+    assert shown["int8"]["drift"]["perplexity_ratio"]["estimate"] == pytest.approx(1.105, abs=0.001)
+
+
 def test_a_request_that_hangs_past_the_deadline_is_an_error() -> None:
     revision = PLAN.split(BASE).revision
     hanging = Outcome(1, "int8", "sticky", revision, 0.0, "0" * 16)

@@ -117,6 +117,50 @@ def test_drift_that_comes_after_its_answer_counts_once() -> None:
     assert seen.n() == (1, 0)
 
 
+def test_what_stable_served_and_the_canary_read_is_the_canarys_quality() -> None:
+    """Its perplexity ratio is then taken over the answer too, which a variant's own text would flatter."""
+    seen = evidence()
+    own = Drift(10, 0.01, 0.1, 9, nll_variant_nats=8.0, nll_reference_nats=8.0, nll_ratio_tokens=4)
+    read = Drift(20, 0.03, 0.2, 18, nll_variant_nats=33.0, nll_reference_nats=30.0, nll_ratio_tokens=30)
+    served = outcome(2, "bf16", read_by="int8", reading=read)
+    seen.take(parcel(1, outcome(1, drift=own), outcome(2, "bf16")))
+    seen.take(parcel(2, served))
+    seen.take(parcel(3, served))
+    assert seen.sums["kl_divergence"].estimate == pytest.approx(0.02)
+    assert seen.sums["perplexity_ratio"].estimate == pytest.approx((0.0 + 0.1) / 2)
+    assert seen.sums["perplexity_ratio"].n_canary == 2
+    assert seen.n() == (1, 1)
+
+
+def test_what_is_said_of_another_variant_is_nothing_about_the_canary() -> None:
+    seen = evidence()
+    drift = Drift(10, 0.01, 0.1, 9, nonfinite_tokens=3, nll_ratio_tokens=4)
+    seen.take(
+        parcel(
+            1,
+            outcome(1, "bf16", read_by="nf4", reading=drift),
+            outcome(2, "bf16", drift=drift),  # stable's own, where the reference is a third variant
+            outcome(3, "int8", read_by="bf16", reading=drift),  # the canary is the reference
+        )
+    )
+    assert seen.sums["kl_divergence"].n_canary == 0
+    assert seen.nonfinite_tokens == 0
+
+
+def test_without_a_fair_token_there_is_no_perplexity_ratio() -> None:
+    seen = evidence()
+    seen.take(parcel(1, outcome(1, drift=Drift(10, 0.01, 0.1, 9, nll_variant_nats=3.0, nll_reference_nats=9.0))))
+    assert seen.sums["kl_divergence"].n_canary == 1
+    assert seen.sums["perplexity_ratio"].n_canary == 0
+
+
+def test_numbers_that_are_not_finite_stop_the_canary_also_where_it_only_reads() -> None:
+    seen = evidence()
+    bad = Drift(10, 0.0, 0.0, 10, nonfinite_tokens=2)
+    seen.take(parcel(1, outcome(1, "bf16", read_by="int8", reading=bad)))
+    assert seen.nonfinite_tokens == 2
+
+
 def test_hard_failures_are_counted_by_the_second_and_nan_by_the_token() -> None:
     seen = evidence()
     died = [outcome(n, at_s=20.0 + n / 100, error="replica_died") for n in range(1, 17)]
@@ -184,4 +228,4 @@ def test_memory_is_bounded_however_many_units_come() -> None:
     assert len(seen.sums["ttft"].units) <= 4096
     assert (len(sender.done), len(sender.open)) == (0, 0)
     assert len(seen.seen_units) <= 20_000
-    assert len(sender.unscored) <= 4096
+    assert len(sender.unscored) <= 8192
