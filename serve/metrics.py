@@ -101,6 +101,12 @@ PREEMPTIONS = Metric("num_preemptions_total", "counter", "Sequences put back bec
 PREFIX_QUERIES = Metric("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache")
 PREFIX_HITS = Metric("prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache")
 MEMORY = Metric("memory_bytes", "gauge", "Bytes by component; docs/OPERATIONS.md adds them up", extra=("component",))
+MEMORY_USED = Metric(
+    "memory_used_ratio",
+    "gauge",
+    "Used share, by whomever, of the memory that the fullest replica is limited to: GPU, container or machine",
+    merge="max",
+)
 PEAK_LOAD = Metric("memory_peak_load_bytes", "gauge", "Highest resident bytes while loading", merge="max")
 BITS = Metric("model_bits_per_weight", "gauge", "Stored bits per weight of the compressed layers", merge="max")
 COMPRESSION = Metric("compression_ratio", "gauge", "Bytes at 16 bit over stored bytes", merge="max")
@@ -139,9 +145,10 @@ ROLLOUT_VERDICTS = Metric("rollout_verdicts_total", "counter", "Verdicts on the 
 
 METRICS: tuple[Metric, ...] = (
     TTFT, ITL, TPOT, E2E, QUEUE, RUNNING, WAITING, KV_USAGE, PROMPT_TOKENS, GENERATION_TOKENS, SUCCESS, ERRORS,
-    PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, MEMORY, PEAK_LOAD, BITS, COMPRESSION, LOAD, REPLICAS, TRAFFIC_WEIGHT,
-    DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NONFINITE, DRIFT_NLL_TOKENS, DRIFT_NLL_VARIANT,
-    DRIFT_NLL_REFERENCE, DRIFT_SAMPLES, SHADOW, ENERGY, ENERGY_TOKENS, CO2, ROLLOUT_PHASE, ROLLOUT_VERDICTS,
+    PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, MEMORY, MEMORY_USED, PEAK_LOAD, BITS, COMPRESSION, LOAD, REPLICAS,
+    TRAFFIC_WEIGHT, DRIFT_KL, DRIFT_GUARD, DRIFT_TOKENS, DRIFT_AGREEMENTS, DRIFT_NONFINITE, DRIFT_NLL_TOKENS,
+    DRIFT_NLL_VARIANT, DRIFT_NLL_REFERENCE, DRIFT_SAMPLES, SHADOW, ENERGY, ENERGY_TOKENS, CO2,
+    ROLLOUT_PHASE, ROLLOUT_VERDICTS,
 )  # fmt: skip
 
 

@@ -17,11 +17,8 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
-
-import psutil
 
 from serve import metrics
 from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
@@ -31,6 +28,7 @@ from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels
 from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
 from serve.place import here
+from serve.upkeep.limit import limit_of
 from serve.variant import Variant
 from serve.wire import Channel, Lines
 
@@ -336,12 +334,14 @@ class Replica:
             self._process, self._variant.name, self._state, stage, progress, self._reason, place=self._place
         )
         if self._state == "freed":
-            return replace(beat, needs=self._needs, available_bytes=_available_bytes(self._variant.device))
+            return replace(beat, needs=self._needs, available_bytes=limit_of(self._variant.device).available_bytes)
         if self._serving is None or self._state != "ready":
             return beat
         memory, energy = self._serving.upkeep.memory, self._serving.upkeep.energy
+        limit = limit_of(self._variant.device)
         self._needs = {component: memory[component] for component in _NEEDED}
         self._record(self._serving, memory, energy)
+        self._recorder.set(metrics.MEMORY_USED, self._labels, limit.used_ratio)
         return replace(
             beat,
             context_length=self._serving.context_length,
@@ -352,7 +352,7 @@ class Replica:
             memory=memory,
             energy=energy.told,
             needs=self._needs,
-            available_bytes=_available_bytes(self._variant.device),
+            available_bytes=limit.available_bytes,
             snapshot=self._recorder.snapshot(),
         )
 
@@ -452,20 +452,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HalftoneError):
         return error.message
     return f"{type(error).__name__}: {error or 'no message'}".splitlines()[0][:300]
-
-
-def _available_bytes(device: str) -> int:
-    """What is free for models: of the GPU, else of the machine within its container's limit."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [int(psutil.virtual_memory().available)]
-    with suppress(OSError, ValueError):  # no limit reads "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        free.append(max(0, int(limit) - int(used)))
-    return min(free)
 
 
 def _trim() -> None:

@@ -116,7 +116,7 @@ async def test_it_reports_how_it_loads_and_what_it_holds(replica: Replica, beats
     assert ready.memory["process"] > ready.memory["weights"] > 0
     assert ready.context_length == 1024
     names = {name for name, _ in ready.snapshot.values}
-    assert {"memory_bytes", "compression_ratio", "load_seconds", "kv_cache_usage_ratio"} <= names
+    assert {"memory_bytes", "memory_used_ratio", "compression_ratio", "load_seconds", "kv_cache_usage_ratio"} <= names
 
 
 async def test_energy_is_counted_while_it_answers_and_is_unavailable_where_no_counter_is(

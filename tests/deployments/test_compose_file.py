@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,9 @@ def test_every_mounted_path_exists_and_named_volumes_are_declared(service: str) 
 def test_only_loopback_is_published_and_the_versions_are_fixed() -> None:
     for service in SERVICES.values():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        assert "build" in service or service["image"].rsplit(":", 1)[1][-1].isdigit()
+        assert "build" in service or re.fullmatch(r"[\w/.-]+:v?\d+\.\d+\.\d+", service["image"])
+    published = [port.split(":")[1] for service in SERVICES.values() for port in service["ports"]]
+    assert len(set(published)) == len(published)
 
 
 def test_the_server_is_given_a_configuration_that_it_takes() -> None:
