@@ -56,7 +56,7 @@ def distill(
 
     JSON: {"out", "student", "parameters", "teacher_parameters", "parameters_ratio", "bytes", "before", "after":
     {"kl_divergence", "kl_divergence_interval", "perplexity", "perplexity_ratio", "top1_agreement",
-    "accuracy_kept_ratio", "tokens"}, "recovered_ratio", "settings"}.
+    "accuracy", "accuracy_kept_ratio", "flips", "tokens"}, "recovered_ratio", "settings"}.
     """
     from serve.commands.terminal import Steps, print_json, standard_error
     from serve.distillation.distill import distill as run

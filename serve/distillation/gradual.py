@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from serve.compression.artifact import Artifact
 from serve.compression.calibration import Calibration
 from serve.compression.compress import Progress, silent
 from serve.compression.recipe import Recipe
@@ -107,6 +108,9 @@ def compress_gradually(
     assert folder is not None
     report = _finish(school, folder, recipe, out)
     result = school.measure(out, _after_cutting(recipe) if report is not None else None)
+    if report is not None:
+        Artifact.open(out).note_quality(result.noted())
+        report = replace(report, quality=result.noted())
     shutil.rmtree(school.folder)
     return Gradual(str(out), recipe.name, tuple(made), result, report, settings)
 

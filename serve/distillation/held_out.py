@@ -21,11 +21,18 @@ class Distance:
     perplexity: float
     perplexity_ratio: float
     top1_agreement: float
+    accuracy: float
     accuracy_kept_ratio: float
+    flips: float
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def noted(self) -> dict[str, Any]:
+        """As an artifact's manifest has it; the teacher is in fp32."""
+        left_out = ("kl_divergence_interval", "perplexity", "accuracy_kept_ratio")
+        return {"reference": "fp32", **{key: value for key, value in self.to_dict().items() if key not in left_out}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Distance:
@@ -42,7 +49,9 @@ def measure(teacher: Any, student: Any, records: Sequence[Sequence[int]], progre
         perplexity=found.perplexity_variant.value,
         perplexity_ratio=found.perplexity_ratio,
         top1_agreement=found.top1_agreement,
+        accuracy=found.accuracy.variant,
         accuracy_kept_ratio=found.accuracy.kept_ratio,
+        flips=found.accuracy.flips,
         tokens=found.tokens,
     )
 

@@ -38,6 +38,7 @@ from serve.saving import attempt_folder
 
 __all__ = ["School", "Text"]
 
+_VERSION = 2  # of the notes in the folder: what an earlier one left is not read
 _DENSE = Recipe(stages=(Dense("fp32"),))
 
 
@@ -91,6 +92,7 @@ class School:
         if self.source.artifact is not None or self.source.quantization is not None:
             raise RecipeError(f"{self.teacher_source}: compressed already; the teacher must be an ordinary model")
         facts = {
+            "version": _VERSION,
             "teacher": digests.of_folder(self.source.folder, self.source.weight_files),
             "text": self.text.to_dict(),
             "settings": self.settings.to_dict(),

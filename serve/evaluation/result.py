@@ -65,6 +65,19 @@ class Quality:
     divergence: Mapping[str, Any]
     report: Mapping[str, Any]
 
+    def noted(self, reference: str) -> dict[str, Any]:
+        """What the manifest of these weights says of them: how far they are from the recipe `reference`."""
+        found = self.divergence
+        return {
+            "reference": reference,
+            "tokens": found["tokens"],
+            "kl_divergence": found["kl_divergence"]["mean"],
+            "top1_agreement": found["top1_agreement"],
+            "perplexity_ratio": found["perplexity_ratio"],
+            "accuracy": found["accuracy"]["variant"],
+            "flips": found["accuracy"]["flips"],
+        }
+
 
 @dataclass(frozen=True)
 class Row:

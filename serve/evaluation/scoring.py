@@ -65,26 +65,17 @@ def score(progress: Progress, setup: Setup, recipe: Recipe, reference: Reference
     divergence = _compare(stored, served_logits(loaded), reference.records, progress, "score")
     quality = Quality(loaded.recipe.name, divergence.to_dict(), loaded.report.to_dict())
     if not setup.fresh and setup.reference_source is None:
-        _remember(loaded, quality, reference)
+        _remember(loaded, quality.noted(reference.recipe))
     return quality
 
 
-def _remember(loaded: LoadedModel, quality: Quality, reference: Reference) -> None:
+def _remember(loaded: LoadedModel, facts: dict[str, Any]) -> None:
     """Into the artifact's manifest, so that a server that loads these weights knows what to expect of them. A shorter
     text than the one that spoke last is not listened to.
     """
-    store, found = Store(default_root()), quality.divergence
+    store = Store(default_root())
     if not store.holds(loaded.fingerprint):
         return
-    facts = {
-        "reference": reference.recipe,
-        "tokens": found["tokens"],
-        "kl_divergence": found["kl_divergence"]["mean"],
-        "top1_agreement": found["top1_agreement"],
-        "perplexity_ratio": found["perplexity_ratio"],
-        "accuracy": found["accuracy"]["variant"],
-        "flips": found["accuracy"]["flips"],
-    }
     known = loaded.report.quality.get("tokens", 0)
     if facts["tokens"] >= known and all(math.isfinite(v) for v in facts.values() if isinstance(v, float)):
         with store.locked(loaded.fingerprint):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from serve.cli import app
 from serve.errors import SetupError
+from serve.evaluation import STORIES
 
 ROOT = Path(__file__).resolve().parents[2]
 STORYTELLER = "builtin:storyteller"
@@ -64,6 +65,21 @@ def test_compress_writes_a_folder_that_is_a_model_like_any_other(tmp_path: Path,
     assert "exists already" in refusal("compress", STORYTELLER, "--recipe", "int8", "--out", str(out))
 
 
+@pytest.mark.parametrize("into", ["store", "folder"])
+def test_compress_notes_the_quality_that_evaluate_measures(into: str, tmp_path: Path, store: Path) -> None:
+    text = ("--text", str(STORIES), "--limit", "2", "--device", "cpu")
+    out = ("--out", str(tmp_path / "small")) if into == "folder" else ()
+    noted = answer("compress", STORYTELLER, "--recipe", "int8", *out, *text)["quality"]
+    folder = tmp_path / "small" if out else next(store.glob("*/"))
+    assert json.loads((folder / "manifest.json").read_text())["quality"] == noted
+    (row,) = answer("evaluate", STORYTELLER, "--recipe", "int8", "--no-speed", "--fresh", *text)["rows"]
+    assert noted["reference"] == "fp32"
+    assert noted["kl_divergence"] == pytest.approx(row["kl_divergence"]["mean"])
+    assert {key: noted[key] for key in ("accuracy", "flips", "top1_agreement", "perplexity_ratio")} == pytest.approx(
+        {key: row[key] for key in ("accuracy", "flips", "top1_agreement", "perplexity_ratio")}
+    )
+
+
 def test_compress_prints_what_came_of_it() -> None:
     shown = halftone("compress", STORYTELLER, "--recipe", "int8", "--device", "cpu", "--fresh").stdout
     assert "bits per weight" in shown
@@ -76,6 +92,9 @@ def test_compress_prints_what_came_of_it() -> None:
         (["compress", STORYTELLER, "--recipe", "int9"], "unknown name 'int9'"),
         (["compress", STORYTELLER, "--recipe", "rtn4", "--format", "gptq"], "say which name it gets with --out"),
         (["compress", "./none", "--recipe", "int8"], "no such folder"),
+        (["compress", STORYTELLER, "--recipe", "int8", "--fresh", "--text", str(STORIES)], "--fresh keeps nothing"),
+        (["compress", STORYTELLER, "--recipe", "int8", "--text", "none.txt"], "none.txt: no such text file"),
+        (["compress", STORYTELLER, "--recipe", "int8", "--limit", "3"], "name the text to measure on"),
         (["evaluate", STORYTELLER, "--recipe", "int8+nf4"], "two quantizers"),
         (["evaluate", STORYTELLER, "--recipe", "int8", "--plot", "plot.doc"], "must end in"),
         (["bench", STORYTELLER, "--recipe", "gptq4-x9"], "unknown option 'x9'"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from serve.cli import app
+from serve.compression.artifact import Artifact
 from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
 from serve.distillation import Settings
@@ -151,6 +152,9 @@ def test_gradual_pruning_removes_all_it_should_and_shows_each_step(
         assert step.after.kl_divergence < step.before.kl_divergence
     assert [step.parameters for step in found.steps] == sorted((s.parameters for s in found.steps), reverse=True)
     assert found.report is not None
+    noted = Artifact.open(tmp_path / "out").manifest["quality"]
+    assert noted == found.report.quality
+    assert (noted["kl_divergence"], noted["tokens"]) == (found.result.kl_divergence, found.result.tokens)
     loaded = load(str(tmp_path / "out"), Recipe.parse(found.report.recipe), device="cpu")
     removed = 0.6 if "60" in recipe else 0.5
     for name, layer in loaded.model.named_modules():
