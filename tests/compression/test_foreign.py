@@ -181,6 +181,43 @@ def test_vllm_reads_what_we_export(tmp_path: Path, calibration: Calibration) -> 
     assert max(differences) < 0.3
 
 
+READ_BY_GPTQMODEL = """
+import json, sys
+import torch
+from gptqmodel import BACKEND, GPTQModel
+model = GPTQModel.load(sys.argv[1], device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model
+with torch.no_grad():
+    logits = model(torch.tensor([json.loads(sys.argv[2])])).logits[0].float()
+kernels = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")})
+print("RESULT" + json.dumps({"logits": logits.tolist(), "kernels": kernels}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recipe", ["gptq4-g64", "gptq4-g32-asym-act"])
+def test_gptqmodel_reads_what_we_export(tmp_path: Path, calibration: Calibration, recipe: str) -> None:
+    """Not part of the locked environment, whose torch is too old for it: docs/COMPRESSION.md says how to install it."""
+    gptqmodel = Path(os.environ.get("HALFTONE_PEERS", "")) / "gptqmodel/bin/python"
+    if "HALFTONE_PEERS" not in os.environ or not gptqmodel.exists():
+        pytest.skip("HALFTONE_PEERS names no folder with GPTQModel")
+    ids, out = [1, 400, 410, 500, 600, 700, 300, 290, 450, 333, 800, 900], tmp_path / "out"
+    compress_to("builtin:storyteller", Recipe.parse(recipe), out, format="gptq", calibration=calibration)
+    arguments = [gptqmodel, "-c", READ_BY_GPTQMODEL, str(out), json.dumps(ids)]
+    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "4"}  # on two cores its default is none
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
+    line = next(line for line in done.stdout.splitlines() if "RESULT" in line)
+    found = json.loads(line.partition("RESULT")[2])
+    assert found["kernels"] == ["TorchLinear"]  # quantized, and not dequantized behind our back
+    theirs = torch.tensor(found["logits"])
+    with torch.no_grad():
+        exact = load(str(out), Recipe.parse("fp32")).model(torch.tensor([ids])).logits[0]
+        ours = load(str(out), Recipe.parse("bf16")).model(torch.tensor([ids])).logits[0].float()
+    noise = (ours - exact).square().mean().sqrt()  # what bf16 alone makes of these very weights
+    assert (theirs - exact).square().mean().sqrt() < 2 * noise
+    assert torch.equal(theirs.argmax(-1), exact.argmax(-1))
+
+
 def test_a_cut_model_and_skipped_layers_are_exported_as_they_are(
     tiny: Path, tmp_path: Path, calibration: Calibration
 ) -> None:
