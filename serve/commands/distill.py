@@ -58,7 +58,7 @@ def distill(
     {"kl_divergence", "kl_divergence_interval", "perplexity", "perplexity_ratio", "top1_agreement",
     "accuracy", "accuracy_kept_ratio", "flips", "tokens"}, "recovered_ratio", "settings"}.
     """
-    from serve.commands.terminal import Steps, print_json, standard_error
+    from serve.commands.terminal import print_json
     from serve.distillation.distill import distill as run
     from serve.evaluation.result import plain
 
@@ -67,17 +67,12 @@ def distill(
         temperature=temperature, soft_weight=soft_weight, hard_weight=hard_weight, seed=seed,
     )  # fmt: skip
     samples = options.calibration(calibration, num_samples, sample_tokens, calibration_seed)
-    learnt, remarks = learning.learnt_text(data, sampled, held_out, text), standard_error()
-    try:
-        with Steps(1, remarks)("distill") as progress:
-            found = run(
-                teacher, out, learnt, student=student if layers is None else "", layers=_layers(layers),
-                settings=settings, calibration=samples, device=device,
-                progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        remarks.print("Interrupted: the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
+    learnt = learning.learnt_text(data, sampled, held_out, text)
+    with learning.lessons("distill") as progress:
+        found = run(
+            teacher, out, learnt, student=student if layers is None else "", layers=_layers(layers),
+            settings=settings, calibration=samples, device=device, progress=progress,
+        )  # fmt: skip
     if as_json:
         print_json(plain(found.to_dict()))
     else:

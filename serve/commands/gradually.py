@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve.commands.learning import distances
+from serve.commands.learning import distances, lessons
 
 if TYPE_CHECKING:
     from serve.compression.calibration import Calibration
@@ -22,7 +22,12 @@ Gradual = Annotated[
     bool, typer.Option("--gradual", help="Prune in steps, and distil from the original after each. Needs --out.")
 ]
 GradualSteps = Annotated[int, typer.Option(min=1, help="With --gradual: how many steps.")]
-RecoverySteps = Annotated[int, typer.Option(min=1, help="With --gradual: batches to learn from after each step.")]
+RecoverySteps = Annotated[
+    int,
+    typer.Option(
+        min=1, help="With --gradual: batches to learn from after a step, on average; the last step has the most."
+    ),
+]
 
 
 def run(
@@ -38,20 +43,15 @@ def run(
     as_json: bool,
 ) -> None:
     """Compress, and print the quality after each step."""
-    from serve.commands.terminal import Steps, print_json, standard_error
+    from serve.commands.terminal import print_json
     from serve.distillation.gradual import compress_gradually
     from serve.evaluation.result import plain
 
-    remarks = standard_error()
-    try:
-        with Steps(1, remarks)(f"{recipe.name} gradually") as progress:
-            found = compress_gradually(
-                source, recipe, out, text, steps=steps, settings=settings, calibration=calibration, device=device,
-                progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        remarks.print("Interrupted: the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
+    with lessons(f"{recipe.name} gradually") as progress:
+        found = compress_gradually(
+            source, recipe, out, text, steps=steps, settings=settings, calibration=calibration, device=device,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         print_json(plain(found.to_dict()))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from serve.distillation.held_out import Distance
     from serve.distillation.school import Text
     from serve.distillation.settings import Settings
+    from serve.fresh_process import Progress
 
 __all__ = [
     "BatchSize",
@@ -24,6 +27,7 @@ __all__ = [
     "Seed",
     "distances",
     "learnt_text",
+    "lessons",
     "settings",
 ]
 
@@ -54,6 +58,20 @@ def learnt_text(data: Path | None, sampled: int | None, held_out: int, measured:
 
     count = (1000 if data is None else 0) if sampled is None else sampled
     return Text(data, count, held_out, measured)
+
+
+@contextmanager
+def lessons(name: str) -> Iterator[Progress]:
+    """The progress of long lessons; interrupted, they are told to be safe."""
+    from serve.commands.terminal import Steps, standard_error
+
+    remarks = standard_error()
+    try:
+        with Steps(1, remarks)(name) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        remarks.print("Interrupted: the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
 
 
 def distances(rows: list[tuple[str, Distance]]) -> Table:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from serve.distillation.training import CHECKPOINT_STEPS
 from serve.errors import SetupError
 from serve.loading import load
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = Settings(
     steps=CHECKPOINT_STEPS + 5, batch_size=4, window_tokens=32, learning_rate=1e-3, soft_weight=1.0, hard_weight=0.0
 )
@@ -109,6 +114,46 @@ def test_an_interrupted_lesson_ends_with_the_same_weights(
     seen: list[int] = []
     learn(tmp_path / "again", lambda stage, done, total: seen.append(done) if stage == "distil" else None)
     assert seen[0] == CHECKPOINT_STEPS
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
+KILLED = f"""
+import os, signal
+from serve.cli import main
+from serve.distillation.training import _Lesson
+
+learn = _Lesson.learn
+
+def learn_and_die(self, text, step):
+    learn(self, text, step)
+    if step == {CHECKPOINT_STEPS + 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_Lesson.learn = learn_and_die
+main()
+"""
+
+
+def test_a_lesson_killed_amid_an_epoch_goes_on_from_its_checkpoint(
+    teacher: str, text: Text, calibration: Calibration, tmp_path: Path
+) -> None:
+    def learn(out: Path, progress: Any = lambda *_: None) -> None:
+        distill(teacher, out, text, settings=SHORT, calibration=calibration, progress=progress)
+
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "distill", teacher, "--out", str(tmp_path / "again"),
+         "--data", str(text.file), "--held-out", str(text.held_out), "--steps", str(SHORT.steps),
+         "--batch-size", "4", "--window-tokens", "32", "--learning-rate", "1e-3", "--soft-weight", "1",
+         "--hard-weight", "0", "--calibration", str(calibration.file), "--num-samples", "4"],
+        cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "again").exists()
+    seen: list[int] = []
+    learn(tmp_path / "again", lambda stage, done, total: seen.append(done) if stage == "distil" else None)
+    assert seen[0] == CHECKPOINT_STEPS
+    learn(tmp_path / "whole")
     assert weights(tmp_path / "again") == weights(tmp_path / "whole")
 
 
