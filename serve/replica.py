@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from serve import metrics
-from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
+from serve.errors import GenerationFailed, HalftoneError, OutOfMemory, Overloaded, VariantUnavailable
 from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams, Tokenized
 from serve.heartbeat import Orders, ReplicaBeat, State
 from serve.hop import Outbox, Parcel
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from serve.engine.engine import Engine
     from serve.engine.prompt import PromptEncoder
     from serve.engine.witness import Witness
+    from serve.kernels import Build
     from serve.loading import LoadedModel
     from serve.upkeep import Energy, Upkeep
 
@@ -52,6 +53,7 @@ _RECORDED_BYTES = 64 * 2**20
 """What all requests that are being recorded may hold together; one of them at most a quarter."""
 _NEEDED = ("weights", "quantization", "kv_cache")
 """What a variant takes when it is loaded again, by component."""
+_SECOND_COPY_RATIO = 1.2
 _SCORED_AT_ONCE = 8
 _SCORING_S = 30.0
 """How long a text may wait for users to leave room for its scoring."""
@@ -72,6 +74,9 @@ class Replica:
         self._stage = ("start", 0.0)
         self._reason: str | None = None
         self._serving: _Serving | None = None
+        self._retiring: _Serving | None = None  # finishes what began on it
+        self._loading = asyncio.Lock()
+        self._build: Build | None = None
         self._report_due = False
         self._waiting = 0
         self._place = here()
@@ -96,25 +101,51 @@ class Replica:
 
     async def _come_up(self) -> None:
         self._state, self._reason = "loading", None
-        loading = asyncio.ensure_future(asyncio.to_thread(self._load))
-        await asyncio.wait([loading])
+        async with self._loading:
+            loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+            await asyncio.wait([loading])
         if (error := loading.exception()) is None:
             self._serving = loading.result()
             await self._warm_up()
             await asyncio.to_thread(self._serving.upkeep.look)
             self._state, self._report_due = "ready", True
+            if self._build:
+                self._spawn(self._renew(self._build))
         else:
             self._state, self._reason = "failed", _reason(error)
             _LOG.error("variant %s cannot be served: %s", self._variant.name, self._reason, exc_info=error)
         await self._beat()
 
+    async def _renew(self, build: Build) -> None:
+        """Once the kernels are built, answer with them what comes from then on; what runs ends as it began."""
+        await asyncio.to_thread(build.wait)
+        async with self._loading:
+            if self._build is not build or (old := self._serving) is None or self._state != "ready":
+                return  # its memory was given back meanwhile: the next load takes the kernels
+            self._build = None
+            renewed = await asyncio.to_thread(self._load_anew, old, build)
+            self._report_due = True
+            if renewed is None or self._state != "ready":
+                return
+            renewed.engine.start()
+            self._serving, self._retiring = renewed, old
+        await asyncio.to_thread(old.engine.close, drain=True)
+        self._retiring = None
+        del old
+        await asyncio.to_thread(_trim)
+        await asyncio.to_thread(renewed.begin)
+
     async def close(self) -> None:
         """End the engine and say goodbye. What is still open fails."""
+        if self._build:
+            self._build.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._serving:
             await asyncio.to_thread(self._serving.close)
+        if self._retiring:
+            await asyncio.to_thread(self._retiring.engine.close)
         await self._lines.close()
         await self._say(replace(self._now(), leaving=True))
 
@@ -150,8 +181,8 @@ class Replica:
             del self._outbox_of[request_id]
             if keeper := self._keepers.pop(request_id, None):
                 keeper.close()
-            if self._serving and not whole:
-                self._serving.engine.abort(request_id)
+            if not whole:
+                self._end_in_engine(request_id)
             if not self._outbox_of:
                 self._turned.set()
 
@@ -197,10 +228,14 @@ class Replica:
         """End requests now; one that has not come yet will be turned away. Unknown ones are another replica's."""
         self._aborted.extend(request_ids)
         for request_id in request_ids:
-            if self._serving:
-                self._serving.engine.abort(request_id)
+            self._end_in_engine(request_id)
             if outbox := self._outbox_of.get(request_id):
                 outbox.close(request_id)
+
+    def _end_in_engine(self, request_id: str) -> None:
+        for serving in (self._serving, self._retiring):
+            if serving:
+                serving.engine.abort(request_id)
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
         serving = self._require()
@@ -218,8 +253,8 @@ class Replica:
     async def _submit(self, request: GenerationRequest, witness: Witness | None) -> None:
         """Tokenize, then hand over to the engine; what refuses the request becomes its one event."""
         try:
-            serving = self._require()
-            ids = await asyncio.to_thread(serving.encode, request)
+            ids = await asyncio.to_thread(self._require().encode, request)
+            serving = self._require()  # perhaps another one by now
             if request.request_id in self._outbox_of and request.request_id not in self._aborted:
                 if request.keep:
                     witness = self._keepers[request.request_id] = serving.keeper(request.keep, ids)
@@ -250,23 +285,48 @@ class Replica:
         self._progress("import", 0, 1)
         import torch
 
-        from serve.compression.artifact import default_root
         from serve.engine.engine import Engine  # noqa: F401  imported before memory is counted
-        from serve.loading import load
+        from serve.kernels import build_aside
         from serve.upkeep import Upkeep
 
         upkeep = Upkeep(self._variant.device)
         if threads := self._variant.engine.threads:
             torch.set_num_threads(threads)
-        loaded = load(
-            self._variant.source,
-            self._variant.recipe,
-            device=self._variant.device,
-            calibration=self._variant.calibration,
+        self._build = None if self._variant.device.startswith("cuda") else build_aside()
+        return _Serving.of(self._read(self._progress), self._variant, self._on_step, upkeep)
+
+    def _read(self, progress: Callable[[str, int, int], None]) -> LoadedModel:
+        from serve.compression.artifact import default_root
+        from serve.loading import load
+
+        variant = self._variant
+        return load(
+            variant.source,
+            variant.recipe,
+            device=variant.device,
+            calibration=variant.calibration,
             artifacts=default_root(),
-            progress=self._progress,
+            progress=progress,
         )
-        return _Serving.of(loaded, self._variant, self._on_step, upkeep)
+
+    def _load_anew(self, old: _Serving, build: Build) -> _Serving | None:
+        """The model once more, for the kernels that were built; None where it stays as it is, and `path` says why."""
+        from serve.kernels import BEING_BUILT
+
+        reason, name = build.take(), self._variant.name
+        if reason is None and old.gains_by_kernels:
+            try:
+                old.require_room(limit_of(self._variant.device).available_bytes)
+                renewed = old.renewed(self._read(lambda *_: None), self._on_step)
+            except Exception as error:  # noqa: BLE001  whatever it is, what serves goes on serving
+                _LOG.exception("variant %s stays on the plain path", name)
+                reason = f"the native path is built, and taken at the next start: {_reason(error)}"
+            else:
+                _LOG.info("variant %s: %s", name, renewed.path)
+                return renewed
+        old.path = old.path.replace(BEING_BUILT, reason or "")
+        _LOG.info("variant %s: %s", name, old.path)
+        return None
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._stage = (stage, done / total if total else 0.0)
@@ -395,6 +455,8 @@ class _Serving:
         self._encoder = encoder
         self._room = room
         self.upkeep = upkeep
+        self.path = engine.path
+        """Which path makes the engine's steps, for the load report."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None], upkeep: Upkeep) -> _Serving:
@@ -405,14 +467,38 @@ class _Serving:
         engine = Engine(loaded.model, loaded.tokenizer, variant.engine, sink)
         encoder = PromptEncoder(loaded.tokenizer, max_model_len=engine.settings.max_model_len)
         engine.start()
-        report = loaded.report
-        upkeep.begin(
-            engine,
+        made = cls(loaded, engine, encoder, Room(_RECORDED_BYTES), upkeep)
+        made.begin()
+        return made
+
+    def renewed(self, loaded: LoadedModel, sink: Callable[[list[Event]], None]) -> _Serving:
+        """The same with the model loaded again, its engine not started: `begin` once this one has ended."""
+        from serve.engine.engine import Engine
+
+        engine = Engine(loaded.model, loaded.tokenizer, self.engine.settings, sink)
+        return _Serving(loaded, engine, self._encoder, self._room, self.upkeep)
+
+    def begin(self) -> None:
+        """Account for this model from now on."""
+        report = self.loaded.report
+        self.upkeep.begin(
+            self.engine,
             weights=report.weight_bytes + report.embedding_bytes,
             quantization=report.quantization_bytes,
-            mapped=0 if engine.path.startswith("native") else report.mapped_bytes,  # the native path holds copies
+            mapped=0 if self.path.startswith("native") else report.mapped_bytes,  # the native path holds copies
         )
-        return cls(loaded, engine, encoder, Room(_RECORDED_BYTES), upkeep)
+
+    @property
+    def gains_by_kernels(self) -> bool:
+        """Whether loaded with them, the model or any of its layers would be multiplied by them."""
+        from serve.kernels import BEING_BUILT
+
+        return BEING_BUILT in self.path or any(not name.startswith("dense") for name in self.loaded.report.kernels)
+
+    def require_room(self, available_bytes: int) -> None:
+        """Raise OutOfMemory where there is no room for a second copy of the weights."""
+        if available_bytes < _SECOND_COPY_RATIO * self.loaded.report.total_bytes:
+            raise OutOfMemory("no memory for a second copy of the weights meanwhile")
 
     @property
     def context_length(self) -> int:
@@ -441,7 +527,7 @@ class _Serving:
 
     def report(self) -> Mapping[str, Any]:
         """The load report, with the path that makes the engine's steps."""
-        return {**self.loaded.report.to_dict(), "path": self.engine.path}
+        return {**self.loaded.report.to_dict(), "path": self.path}
 
     def close(self) -> None:
         self.engine.close()

@@ -117,8 +117,6 @@ def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) 
     first = layers[0]
     if first.device.type != "cpu":
         return "the kernels are for CPUs"
-    if reason := unavailable():
-        return reason
     if type(model).__name__ not in COVERED:
         return f"{type(model).__name__} is not among {', '.join(COVERED)}"
     config: Any = model.config
@@ -133,7 +131,8 @@ def _reason_against(model: nn.Module, layers: list[LayerShape], cache: KVCache) 
         "its activation is not SiLU": config.hidden_act not in ("silu", "swish"),
         "its rotary embedding changes with the length": getattr(rope, "rope_type", None) not in _STATIC_ROPE,
     }
-    return next((reason for reason, holds in checks.items() if holds), None) or _unpackable(model, len(layers))
+    against = next((reason for reason, holds in checks.items() if holds), None)
+    return against or unavailable() or _unpackable(model, len(layers))
 
 
 def _unpackable(model: nn.Module, num_layers: int) -> str | None:

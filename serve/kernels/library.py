@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from serve.kernels.build import compiled, missing_features
+from serve.kernels.build import compiled, is_compiled, missing_features
 
 __all__ = [
     "Layer",
@@ -20,6 +20,8 @@ __all__ = [
     "Step",
     "address",
     "library",
+    "must_compile",
+    "postpone",
     "team",
     "unavailable",
 ]
@@ -105,11 +107,8 @@ _SIGNATURES = {
 
 @cache
 def _loaded() -> ctypes.CDLL | str:
-    if os.environ.get(SWITCH, "").lower() in ("0", "off"):
-        return f"switched off by {SWITCH}"
-    missing = missing_features()
-    if missing:
-        return f"this CPU has no {', '.join(missing)}"
+    if reason := _reason_against():
+        return reason
     path = compiled()
     if isinstance(path, str):
         return path
@@ -120,8 +119,31 @@ def _loaded() -> ctypes.CDLL | str:
     return loaded if loaded.ht_supported() else "the operating system does not grant the tile registers"
 
 
+def _reason_against() -> str | None:
+    if os.environ.get(SWITCH, "").lower() in ("0", "off"):
+        return f"switched off by {SWITCH}"
+    missing = missing_features()
+    return f"this CPU has no {', '.join(missing)}" if missing else None
+
+
+_postponed: str | None = None
+
+
+def must_compile() -> bool:
+    """Whether the first call of `unavailable` would compile."""
+    return not _loaded.cache_info().currsize and _reason_against() is None and not is_compiled()
+
+
+def postpone(reason: str | None) -> None:
+    """Do as if there were no kernels, for that reason; None: no longer."""
+    global _postponed
+    _postponed = reason
+
+
 def unavailable() -> str | None:
     """Why there are no kernels on this machine, in one line; None where there are. The first call may compile."""
+    if _postponed is not None:
+        return _postponed
     loaded = _loaded()
     return loaded if isinstance(loaded, str) else None
 

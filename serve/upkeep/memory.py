@@ -68,6 +68,7 @@ class MemoryAccount:
 
     def stand(self, kv_cache_resident: int) -> None:
         """The model is loaded and has made no step yet: what is held beyond this from now on are activations."""
+        self._activations = 0
         self._standing = self._place.peak_bytes(restart=True) - kv_cache_resident
 
     def components(self, engaged: Engaged) -> dict[str, int]:

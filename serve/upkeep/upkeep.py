@@ -39,8 +39,8 @@ class Working(Protocol):
 
 
 class Upkeep:
-    """Made before the model is loaded; `begin` once it is, then `look` about once a second. They read files and ask
-    drivers: not for an event loop."""
+    """Made before the model is loaded; `begin` once it is, or once another engine took its place, then `look` about
+    once a second. They read files and ask drivers: not for an event loop."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -53,7 +53,7 @@ class Upkeep:
 
     def begin(self, engine: Working, *, weights: int, quantization: int, mapped: int) -> None:
         """weights, quantization: bytes that the model holds; mapped: how many of the weights' lie in a file."""
-        self._engine = engine
+        self._engine, self._walked_s = engine, float("-inf")
         self._weights, self._quantization, self._mapped = weights, quantization, mapped
         self._account.stand(engine.kv_cache_resident_bytes())
         self._meter = EnergyMeter.of(self._device)

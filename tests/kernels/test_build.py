@@ -17,9 +17,13 @@ def test_a_second_build_finds_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     second = build.compiled()
     assert second == first
     assert first.stat().st_mtime_ns == written
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.compiled() == first  # what is on disk needs no compiler
 
 
 def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFTONE_KERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert "no C++ compiler" in str(build.compiled())
@@ -33,3 +37,5 @@ def test_a_compiler_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HALFTONE_KERNEL_CACHE", str(tmp_path / "cache"))
     assert "no such thing" in str(build.compiled())
     assert not list((tmp_path / "cache").glob("*.so"))
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert "No such file" in str(build.compiled())
