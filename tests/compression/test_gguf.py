@@ -25,6 +25,7 @@ from serve.compression.methods.rtn import round_to_nearest
 from serve.compression.recipe import Recipe
 from serve.errors import CheckpointError, RecipeError, UnsupportedArchitecture
 from serve.loading import load
+from serve.quality import model_logits, perplexity, read_texts, tokenize
 from serve.saving import compress_to
 
 LLAMA_CPP = Path(os.environ.get("HALFTONE_PEERS", Path(__file__).parents[2] / ".peers")) / "llama.cpp/bin/python"
@@ -178,13 +179,11 @@ print(json.dumps({"ids": ids, "logits": logits, "text": model.detokenize(ids[0])
 """
 
 
-def llama_cpp(file: Path, texts: list[str]) -> dict[str, Any]:
+def run_llama_cpp(script: str, *arguments: Path | str) -> Any:
     if not LLAMA_CPP.exists() or subprocess.run([LLAMA_CPP, "-c", "import llama_cpp"], capture_output=True).returncode:
         pytest.skip(f"no llama.cpp in {LLAMA_CPP.parents[1]}")
-    arguments = [LLAMA_CPP, "-c", READ, str(file), json.dumps(texts)]
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    done = subprocess.run([LLAMA_CPP, "-c", script, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 TEXTS = ["Once upon a time, there was a little dog named Max. He liked to run in the park.", "Tom said: hi!\nBye 12"]
@@ -200,10 +199,44 @@ def test_llama_cpp_gives_the_same_ids_and_logits(source: str, shared: Path, tmp_
     for recipe, tolerance in (("fp32", 0.01), ("fp32+int8", 0.03), ("fp32+rtn4-g32", 0.03)):
         file = tmp_path / f"{recipe}.gguf"
         compress_to(source, Recipe.parse(recipe), file, format="gguf")
-        found = llama_cpp(file, TEXTS)
+        found = run_llama_cpp(READ, file, json.dumps(TEXTS))
         ours = load(source, Recipe.parse(recipe))
         assert found["ids"] == [list(ours.tokenizer(text).input_ids) for text in TEXTS]
         with torch.no_grad():
             expected = ours.model(torch.tensor([found["ids"][0][:100]])).logits[0].float()
         difference = (torch.tensor(found["logits"]) - expected).square().mean().sqrt()
         assert difference < tolerance * expected.std(), recipe  # llama.cpp rounds activations to 8 bits
+
+
+SCORE = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=512, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
+loss, tokens = 0.0, 0
+for ids in json.load(open(sys.argv[2])):
+    model.reset()
+    model.eval(ids)
+    rows = model.scores[: len(ids) - 1].astype(np.float64)
+    rows -= rows.max(1, keepdims=True)
+    loss += float((np.log(np.exp(rows).sum(1)) - rows[np.arange(len(rows)), ids[1:]]).sum())
+    tokens += len(rows)
+print(json.dumps(float(np.exp(loss / tokens))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp32", "fp32+int8-weight", "fp32+rtn4-g32", "fp32+gptq4-g32"])
+def test_llama_cpp_finds_the_perplexity_that_we_find(recipe: str, tiny: str, shared: Path, tmp_path: Path) -> None:
+    """F32, Q8_0 and Q4_0; the last one holds what GPTQ chose."""
+    stories = shared / "data" / "tinystories"
+    calibration = Calibration(stories / "calib.jsonl", num_samples=16)
+    file = tmp_path / "model.gguf"
+    compress_to(tiny, Recipe.parse(recipe), file, format="gguf", calibration=calibration)
+    ours = load(tiny, Recipe.parse(recipe), calibration=calibration)
+    records = tokenize(ours.tokenizer, read_texts(stories / "eval.jsonl", 20), ours.context_length)
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    found = run_llama_cpp(SCORE, file, tmp_path / "records.json")
+    expected = perplexity(model_logits(ours.model), records).value
+    print(f"{recipe}: llama.cpp {found:.3f}, ours {expected:.3f}")
+    assert found == pytest.approx(expected, rel=0.005)
