@@ -46,11 +46,12 @@ def prompt_release() -> Iterator[None]:
     """Large arrays go back to the system the moment they are freed, until the block ends.
 
     By default glibc raises its threshold with every large array that is freed, and then keeps them for reuse: a gain
-    while serving, but a load that converts one matrix after another would hold far more than it needs.
+    while serving, but a load that converts one matrix after another would hold far more than it needs. The threshold
+    takes in what belongs to one matrix too (its scales), which would lie between freed pieces and keep their pages.
     """
     tune = _libc("mallopt")
     if tune is not None:
-        tune(_MMAP_THRESHOLD, 256 << 10)
+        tune(_MMAP_THRESHOLD, 64 << 10)
     try:
         yield
     finally:

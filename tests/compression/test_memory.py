@@ -75,7 +75,7 @@ for name in recipes:
     release()
     print(json.dumps({"asked": name} | load(big, recipe, calibration=calibration).report.to_dict()))
 """
-ON_THE_BIG_MODEL = ("gptq4-g64",)
+ON_A_WIDE_MODEL = ("gptq4-g64",)
 ON_A_MIDDLING_ONE = (
     "structured25+gptq4", "magnitude50", "wanda50", "wanda-2:4+gptq4", "sparsegpt50", "depth50", "int8-static",
     "awq4", "mixed4.5",
@@ -97,17 +97,17 @@ def calibrations(
     checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[int, Any]]:
     """The width of the model, and the report, of each recipe."""
-    folder, (small, big) = tmp_path_factory.mktemp("middling"), checkpoints
-    save(folder, 512, 2)
-    wide = calibrated(small, big, folder / "text.jsonl", ON_THE_BIG_MODEL)
-    narrow = calibrated(small, folder, folder / "text.jsonl", ON_A_MIDDLING_ONE)
-    return {name: (1024, report) for name, report in wide.items()} | {
-        name: (512, report) for name, report in narrow.items()
-    }
+    reports: dict[str, tuple[int, Any]] = {}
+    for width, recipes in ((1024, ON_A_WIDE_MODEL), (512, ON_A_MIDDLING_ONE)):
+        folder = tmp_path_factory.mktemp("calibrated")
+        save(folder, width, 2)
+        measured = calibrated(checkpoints[0], folder, folder / "text.jsonl", recipes)
+        reports |= {name: (width, report) for name, report in measured.items()}
+    return reports
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ON_THE_BIG_MODEL + ON_A_MIDDLING_ONE)
+@pytest.mark.parametrize("recipe", ON_A_WIDE_MODEL + ON_A_MIDDLING_ONE)
 def test_calibrating_takes_what_the_report_states(calibrations: dict[str, tuple[int, Any]], recipe: str) -> None:
     width, report = calibrations[recipe]
     if Recipe.parse(recipe).needs_calibration:
