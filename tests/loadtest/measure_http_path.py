@@ -1,8 +1,8 @@
 """What HTTP and Ray cost beyond the engine. By hand, alone: `python tests/loadtest/measure_http_path.py`.
 
-Times the engine in process (`halftone bench`), then serves the same model (which `python -m loadtest engine --prepare`
-makes) and sends the same lengths over HTTP; last, prompts of 1,500 tokens among 8 streams. `--recipe int8+head8` takes
-another precision.
+Serves a model (which `python -m loadtest engine --prepare` makes) and sends it prompts over HTTP; the same engine in
+process (`halftone bench`) runs the same lengths before and after, while the server rests, for a machine's speed moves.
+Last, prompts of 1,500 tokens among 8 streams. `--recipe int8+head8` takes another precision.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,15 +54,19 @@ def main() -> None:
     options = ArgumentParser(description=__doc__)
     options.add_argument("--recipe", default="bf16")
     recipe = options.parse_args().recipe
-    engine_tokens_per_s, engine_ttft_s = in_process(recipe)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "bench.yaml"
         variant = {"name": "only", "recipe": recipe, "engine": {"max_num_seqs": 32}}
         config.write_text(json.dumps({"model": {"name": "bench", "source": str(MODEL)}, "variants": [variant]}))
         with Halftone(str(config)) as server:
             run(server, *lengths(PROMPT, 8, 16, 16, seed=1))
+            before = in_process(recipe)
             first = run(server, *lengths(PROMPT, 1, 1, 30, seed=2))["ttft_s"]["p50"]
             streams = run(server, *lengths(PROMPT, OUTPUT, 16, 32, seed=3))
+            after = in_process(recipe)
+            engine_tokens_per_s, engine_ttft_s = (fmean(pair) for pair in zip(before, after, strict=True))
+            print(f"in process, before and after: {before[0]:.0f} and {after[0]:.0f} tokens/s, "
+                  f"TTFT {before[1] * 1e3:.1f} and {after[1] * 1e3:.1f} ms")  # fmt: skip
             whole = 16 * OUTPUT / (16 * engine_ttft_s + 16 * (OUTPUT - 1) / engine_tokens_per_s)
             compare("16 streams, decoding", engine_tokens_per_s, 16 / streams["itl_s"]["p50"])
             compare("16 streams, from first prompt to last token", whole, streams["tokens_per_s"])
