@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from math import log
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -43,13 +44,18 @@ def choose_layers(config: PretrainedConfig, layers: Sequence[int]) -> Pretrained
 
 
 def between(config: PretrainedConfig, goal: PretrainedConfig, fraction: float) -> PretrainedConfig:
-    """A size on the way from `config` to the smaller `goal`, which `fraction` 1 is; equal steps take equal shares."""
+    """A size on the way from `config` to the smaller `goal`, which `fraction` 1 is; equal steps take equal shares.
+
+    Where few numbers of heads are possible it has the nearest, lest all heads go in the last step.
+    """
     begin, end = _sizes(config), _sizes(goal)
-    at = {name: round(begin[name] * (end[name] / begin[name]) ** fraction) for name in begin}
+    exact = {name: begin[name] * (end[name] / begin[name]) ** fraction for name in begin}
+    at = {name: round(size) for name, size in exact.items()}
     smaller = choose_layers(config, range(at["layers"]))
     text: Any = smaller.get_text_config(decoder=True)
     if begin.get("shared") != end.get("shared"):
-        _set_heads(text, next(n for n in range(at["shared"], begin["shared"] + 1) if _can_have(text, n)))
+        possible = [n for n in range(end["shared"], begin["shared"] + 1) if _can_have(text, n)]
+        _set_heads(text, min(possible, key=lambda n: abs(log(n / exact["shared"]))))
     if begin.get("channels") != end.get("channels"):
         multiple = _CHANNEL_MULTIPLE if end["channels"] % _CHANNEL_MULTIPLE == 0 else 1
         text.intermediate_size = min(-(-at["channels"] // multiple) * multiple, begin["channels"])

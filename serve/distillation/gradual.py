@@ -3,6 +3,7 @@
 Taking much at once throws the network off, and a mask chosen on a network that is thrown off is a worse mask. With a
 short recovery after each step the next choice is made by weights that work again (Han et al., arXiv 1506.02626; Zhu and
 Gupta, arXiv 1710.01878). Each step removes the same share of what is left; zeros stay zeros while the rest recovers.
+The longest lesson comes last, and only there the learning rate falls: what stays must learn most.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from serve.distillation.student import make_student, pruning, save_student
 from serve.errors import RecipeError
 from serve.saving import compress_to
 
-__all__ = ["Gradual", "Step", "compress_gradually"]
+__all__ = ["Gradual", "Step", "compress_gradually", "lessons"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def compress_gradually(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Gradual:
-    """Prune `source` as `recipe` says in `steps` steps, each followed by `settings.steps` of distillation, into `out`.
+    """Prune `source` as `recipe` says in `steps` steps, with distillation after each (`settings.steps` on average, see
+    `lessons`), into `out`.
 
     A pattern (2:4) is no pattern before it is whole, so it is pruned in one step. Quantizers come last. Interrupted,
     the same call goes on from the last checkpoint. Raise a `SetupError` of one line where it cannot be.
@@ -102,7 +104,8 @@ def compress_gradually(
             return make_student(before, sizes, pruned=pruned, progress=progress)
 
         start, before = school.keep(f"pruned-{number}", make)
-        folder, after = school.teach(start, f"recovered-{number}", pruned)
+        share = lessons(settings, number, steps)
+        folder, after = school.teach(start, f"recovered-{number}", pruned, share)
         left = int(sum((parameter != 0).sum() for parameter in school.student(folder).model.parameters()))
         made.append(Step(_named(recipe, fraction), left, before, after))
     assert folder is not None
@@ -113,6 +116,13 @@ def compress_gradually(
         report = replace(report, quality=result.noted())
     shutil.rmtree(school.folder)
     return Gradual(str(out), recipe.name, tuple(made), result, report, settings)
+
+
+def lessons(settings: Settings, number: int, steps: int) -> Settings:
+    """Half of the lessons of each step but the last are saved for the last, whose model is the one that stays."""
+    if number < steps:
+        return replace(settings, steps=max(settings.steps // 2, 1), anneal=False)
+    return replace(settings, steps=settings.steps + (steps - 1) * (settings.steps - max(settings.steps // 2, 1)))
 
 
 def _finish(school: School, folder: Path, recipe: Recipe, out: Path) -> LoadReport | None:

@@ -38,7 +38,7 @@ from serve.saving import attempt_folder
 
 __all__ = ["School", "Text"]
 
-_VERSION = 2  # of the notes in the folder: what an earlier one left is not read
+_VERSION = 3  # of the notes in the folder: what an earlier one left is not read
 _DENSE = Recipe(stages=(Dense("fp32"),))
 
 
@@ -119,14 +119,16 @@ class School:
             save_student(make().model, self.source, folder)
         return folder, self._measured(folder)
 
-    def teach(self, start: Path, name: str, pruned: Recipe | None = None) -> tuple[Path, Distance]:
+    def teach(
+        self, start: Path, name: str, pruned: Recipe | None = None, settings: Settings | None = None
+    ) -> tuple[Path, Distance]:
         """The student of `start` after its lessons, kept as `name`."""
         folder, checkpoint = self.folder / name, self.folder / f"{name}.pt"
         if not folder.exists():
             student = self.student(start)
             kept = zeros_of(student.model, pruned_projections(student, pruned))
             train(
-                student.model, self.teacher.model, self._windows, self.settings,
+                student.model, self.teacher.model, self._windows, settings or self.settings,
                 kept=kept, checkpoint=checkpoint, progress=self.progress,
             )  # fmt: skip
             save_student(student.model, self.source, folder)

@@ -18,6 +18,7 @@ class Settings:
 
     A step learns from `batch_size` windows of at most `window_tokens`. The loss of a token is `soft_weight` times the
     divergence from the teacher at `temperature`, plus `hard_weight` times that from the text itself.
+    Without `anneal` the rate stays where it is: more is to be removed after these lessons.
     """
 
     steps: int = 300
@@ -30,6 +31,7 @@ class Settings:
     soft_weight: float = 0.7
     hard_weight: float = 0.3
     seed: int = 0
+    anneal: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "window_tokens"):
@@ -42,10 +44,10 @@ class Settings:
             raise ConfigError("soft_weight", "the weights must not be negative, nor both 0")
 
     def learning_rate_at(self, step: int, hidden_size: int) -> float:
-        """Rises over the first steps, then falls in a line to zero."""
+        """Rises over the first steps, then falls in a line to zero where the lessons `anneal`."""
         highest = self.learning_rate or _RATE_TIMES_WIDTH / hidden_size
         warmup = min(self.warmup_steps, max(self.steps // 4, 1))
-        falling = (self.steps - step) / max(self.steps - warmup, 1)
+        falling = (self.steps - step) / max(self.steps - warmup, 1) if self.anneal else 1.0
         return highest * min(1.0, (step + 1) / warmup, falling)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from serve.compression.calibration import Calibration
 from serve.compression.recipe import Recipe
-from serve.compression.sizes import cut_config
+from serve.compression.sizes import between, cut_config
 from serve.compression.stages import Depth, Structured
 from serve.errors import RecipeError, UnsupportedArchitecture
 from serve.loading import LoadedModel, load
@@ -126,6 +126,16 @@ def test_depth_keeps_the_share_of_layers() -> None:
     assert cut_config(_config(num_hidden_layers=12), Depth(share=0.25)).num_hidden_layers == 9
     with pytest.raises(RecipeError, match="not one"):
         cut_config(_config(num_hidden_layers=1), Depth(share=0.25))
+
+
+def test_on_the_way_to_a_size_heads_go_as_soon_as_a_possible_number_is_near() -> None:
+    """Of 8 query heads on 128 numbers only 4 or 2 can be left: they must not all wait for the last step."""
+    config = LlamaConfig(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4)
+    goal = cut_config(config, Structured(share=0.5))
+    sizes = [between(config, goal, fraction) for fraction in (1 / 3, 2 / 3, 1)]
+    assert [size.num_attention_heads for size in sizes] == [8, 4, 4]
+    assert [size.intermediate_size for size in sizes] == [320, 256, 192]
+    assert sizes[-1].to_dict() == goal.to_dict()
 
 
 def test_what_cannot_be_cut_is_refused(folder: Path, tmp_path: Path, shared: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.distillation import Settings
+from serve.distillation.gradual import lessons
 from serve.distillation.objective import IGNORED, distillation_loss
 from serve.distillation.windows import Batch, Windows, cut
 from serve.errors import CalibrationError, ConfigError
@@ -78,6 +79,17 @@ def test_the_learning_rate_rises_then_falls_and_suits_the_width() -> None:
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 0.02 * max(rates)
+
+
+@pytest.mark.parametrize(("each", "steps"), [(100, 3), (1, 3), (7, 2), (50, 1)])
+def test_half_of_every_steps_lessons_are_saved_for_the_model_that_stays(each: int, steps: int) -> None:
+    shares = [lessons(Settings(steps=each), number, steps) for number in range(1, steps + 1)]
+    assert sum(share.steps for share in shares) == each * steps
+    assert [share.anneal for share in shares] == [False] * (steps - 1) + [True]
+    if each > 1 and steps > 1:
+        assert shares[-1].steps > shares[0].steps
+    for share in shares[:-1]:
+        assert share.learning_rate_at(share.steps - 1, 128) == pytest.approx(0.4 / 128)
 
 
 @pytest.mark.parametrize(
