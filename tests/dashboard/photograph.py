@@ -1,8 +1,8 @@
 """The pictures in docs/images, of a real server under load. By hand: `python tests/dashboard/photograph.py`.
 
-Serves what `make serve` serves (or uses `--url`), sends it traffic with `loadtest` while an experiment runs, and takes
-the page as it stands: light and dark, the loupe after an answer, and a phone. `--whole` takes the
-whole page each time, to look at. `--out FOLDER` puts the pictures elsewhere. Says what the browser's console said.
+Serves what `make serve` serves (or uses `--url`) and sends it traffic with `loadtest`. For a minute an experiment deals
+to every precision; then int8 is rolled out, and the page is taken as it stands: light and dark, the loupe after an
+answer, and a phone. `--whole` takes the whole page each time, to look at. `--out FOLDER` puts the pictures elsewhere. Says what the browser's console said.
 """
 
 from __future__ import annotations
@@ -44,8 +44,25 @@ def traffic(url: str) -> Iterator[None]:
         process.wait()
 
 
-def order(url: str, path: str, body: dict[str, Any]) -> None:
-    httpx.post(f"{url}/admin/{path}", json=body, timeout=30).raise_for_status()
+def order(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.post(f"{url}/admin/{path}", json=body, timeout=30).raise_for_status().json()
+    return answer
+
+
+def compare_precisions(url: str, seconds: float) -> None:
+    """An experiment, from its start to its end."""
+    shown = httpx.get(f"{url}/admin/experiments", timeout=30).raise_for_status().json()
+    plan = {"name": f"precisions-{len(shown['experiments']) + 1}", "weights": SPLIT, "duration_s": seconds}
+    order(url, "experiments", plan | {"settle_s": 5, "block_s": 5, "price_per_hour": 0.4})
+    while httpx.get(f"{url}/admin/experiments", timeout=30).raise_for_status().json()["active"]:
+        time.sleep(1)
+
+
+def roll_out(url: str, seconds: float) -> None:
+    """A rollout that is in its first step after so long, and some guards of which have spoken."""
+    steps = [{"weight": 30, "hold_s": 10 * seconds}, {"weight": 50, "gate": "approval"}]
+    order(url, "rollouts", {"to": "int8", "steps": steps, "settle_s": 5, "block_s": 5, "by": "photograph"})
+    time.sleep(seconds)
 
 
 def picture(page: Page, path: Path, last: str, whole: bool) -> None:
@@ -84,11 +101,12 @@ def photograph(url: str, folder: Path, look_s: float, whole: bool) -> list[str]:
             page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.goto(f"{url}/dashboard")
-        time.sleep(look_s)
+        compare_precisions(url, look_s / 2)
+        roll_out(url, look_s / 2)
         for name, page in pages.items():
             page.bring_to_front()
             page.wait_for_timeout(2_500)
-            picture(page, folder / f"{name}.png", "#choice" if name == "phone" else "#drift", whole)
+            picture(page, folder / f"{name}.png", "#choice" if name == "phone" else "#rollouts", whole)
             if name != "dashboard":
                 page.close()
         compare(pages["dashboard"])
@@ -102,7 +120,7 @@ def main() -> None:
     options = ArgumentParser(description=__doc__)
     options.add_argument("--url", help="of a server that runs already")
     options.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    options.add_argument("--look-s", type=float, default=90.0, help="how long the page is open before the pictures")
+    options.add_argument("--look-s", type=float, default=120.0, help="how long the page is open before the pictures")
     options.add_argument("--whole", action="store_true", help="whole pages")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -116,9 +134,6 @@ def main() -> None:
 
 def run(url: str, given: Any) -> list[str]:
     with traffic(url):
-        known = len(httpx.get(f"{url}/admin/experiments", timeout=30).raise_for_status().json()["experiments"])
-        plan = {"name": f"precisions-{known + 1}", "weights": SPLIT, "duration_s": given.look_s + 30}
-        order(url, "experiments", plan | {"settle_s": 5, "block_s": 5, "price_per_hour": 0.4})
         return photograph(url, given.out, given.look_s, given.whole)
 
 

@@ -29,7 +29,7 @@ export function driftPanel() {
   const recorder = new Recorder(60, (stats) => stats.drift.meanNats);
   const titles = ["Variant", ...COLUMNS.map(([title]) => title)].map((title) => el("th", { scope: "col" }, title));
   const body = el("tbody");
-  const table = el("table", { class: "choice scored" }, el("thead", {}, el("tr", {}, titles)), body);
+  const table = el("table", { class: "choice scored", "aria-label": "Drift by variant" }, el("thead", {}, el("tr", {}, titles)), body);
 
   const losses = el("p", { class: "hint" });
 

@@ -32,7 +32,7 @@ class Experiments {
     "div",
     {},
     this.#head,
-    el("div", { class: "wide" }, el("table", { class: "choice" }, el("thead", {}, el("tr", {}, TITLES.map((t) => el("th", { scope: "col" }, t)))), this.#body)),
+    el("div", { class: "wide" }, el("table", { class: "choice", "aria-label": "What each variant got" }, el("thead", {}, el("tr", {}, TITLES.map((t) => el("th", { scope: "col" }, t)))), this.#body)),
     this.#comparisons,
     this.#split,
     el("div", { class: "buttons" }, this.#stop),
