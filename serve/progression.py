@@ -264,7 +264,7 @@ class Progression:
         rollout, rows = self._office.whole(id), self._office.journal(id)
         n_canary, n_stable = rollout.evidence.n(rollout.state.step)
         return {
-            **summary(rows, self._clock()),
+            **summary(rows, self._clock(), None if rollout.state.ended else rollout.verdict),
             "plan": rollout.plan.to_dict(),
             "split": rollout.split.to_dict(),
             "n_step": {"canary": n_canary, "stable": n_stable},

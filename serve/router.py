@@ -47,6 +47,7 @@ __all__ = ["Control", "Link", "RoutedAnswer", "Router"]
 _LOG = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _LOADING_BEAT_S = 0.2
+_ASKED_S = 2.0
 _LEAST_BEAT_S = 0.05
 _LATE_S = 5.0
 """How long the last events of a request may lag behind the end of its call, which takes another way."""
@@ -187,13 +188,17 @@ class Router:
         return await self._control.variants()
 
     async def traffic(self) -> Mapping[str, Any]:
+        """The split in force, by what the controller has decided by now; the last known while it does not answer."""
+        with suppress(HalftoneError, TimeoutError):
+            async with asyncio.timeout(_ASKED_S):
+                await self.beat()
         return self._known().split.to_dict()
 
     async def set_traffic(
         self, weights: Mapping[str, float], shadow: Mapping[str, float] | None = None
     ) -> Mapping[str, Any]:
         self._see(await self._control.set_traffic(weights, shadow))
-        return await self.traffic()
+        return self._known().split.to_dict()
 
     # Whom to ask
 

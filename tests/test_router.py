@@ -271,6 +271,14 @@ async def test_the_last_split_stays_in_force_when_the_controller_is_gone(two: St
     assert [outcome.ok for outcome in two.control.outcomes.values()] == [True]
 
 
+async def test_who_asks_for_the_split_hears_what_was_decided_just_now_and_is_dealt_by_it(two: Stage) -> None:
+    two.control.split = two.control.split.moved({"bf16": 0, "int8": 100})  # by an experiment, or another ingress
+    assert (await two.router.traffic())["weights"] == {"bf16": 0, "int8": 100}
+    assert (await two.ask())[0].disclosure.variant == "int8"
+    two.control.gone = True
+    assert (await two.router.traffic())["weights"] == {"bf16": 0, "int8": 100}
+
+
 async def test_weighted_traffic_skips_a_failed_variant_and_a_pin_learns_the_reason() -> None:
     stage = await Stage({"bf16": "ready", "int8": "failed"}, {"bf16": 10, "int8": 90}).beat()
     assert {(await stage.ask())[0].disclosure.variant for _ in range(20)} == {"bf16"}

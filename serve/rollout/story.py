@@ -96,15 +96,18 @@ def history(rows: Iterable[Row]) -> list[Line]:
     return lines
 
 
-def explain(rows: Sequence[Row]) -> Story:
-    """Why one rollout stands where it stands. The rows are all of that rollout, oldest first, and not empty."""
+def explain(rows: Sequence[Row], live: Verdict | None = None) -> Story:
+    """Why one rollout stands where it stands. The rows are all of that rollout, oldest first, and not empty.
+
+    live: the verdict of a rollout that runs, as it is now; the journal has it only when it changes.
+    """
     first, last = rows[0], rows[-1]
     plan = first.facts["plan"]
     moves = [row for row in rows if row.kind == "transition"]
     phase = str(moves[-1].facts["to"]) if moves else "pending"
     weight = float(moves[-1].facts["weight"]) if moves else 0.0
     reason = moves[-1].sentence if moves else first.sentence
-    verdict = _last_verdict(rows)
+    verdict = live or _last_verdict(rows)
     ended = phase in ("rolling_back", "rolled_back", "succeeded")
     return Story(
         rollout=first.rollout,
@@ -128,9 +131,9 @@ def overview(rows: Iterable[Row], now_s: float) -> list[dict[str, Any]]:
     return [summary(own, now_s) for own in reversed(by_rollout.values())]
 
 
-def summary(rows: Sequence[Row], now_s: float) -> dict[str, Any]:
-    """One rollout in a line of a table, JSON-ready (ROLLOUT in docs/ROLLOUTS.md)."""
-    story, plan = explain(rows), rows[0].facts["plan"]
+def summary(rows: Sequence[Row], now_s: float, live: Verdict | None = None) -> dict[str, Any]:
+    """One rollout in a line of a table, JSON-ready (ROLLOUT in docs/ROLLOUTS.md). live: as in `explain`."""
+    story, plan = explain(rows, live), rows[0].facts["plan"]
     moves = [row for row in rows if row.kind == "transition"]
     state = State.from_dict(moves[-1].facts["state"]) if moves else State()
     split = moves[-1].facts["split"] if moves else rows[0].facts["base"]

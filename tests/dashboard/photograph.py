@@ -2,7 +2,8 @@
 
 Serves what `make serve` serves (or uses `--url`) and sends it traffic with `loadtest`. For a minute an experiment deals
 to every precision; then int8 is rolled out, and the page is taken as it stands: light and dark, the loupe after an
-answer, and a phone. `--whole` takes the whole page each time, to look at. `--out FOLDER` puts the pictures elsewhere. Says what the browser's console said.
+answer, and a phone. `--whole` takes whole pages, to look at. `--out FOLDER` puts the pictures elsewhere. Says what the
+browser's console said.
 """
 
 from __future__ import annotations

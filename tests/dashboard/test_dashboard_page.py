@@ -254,7 +254,9 @@ def test_a_rollout_is_begun_paused_resumed_and_aborted(server: Server, page: Pag
     page.get_by_role("button", name="Start", exact=True).click()
     expect(panel).to_contain_text("r1: bf16 → int8")
     expect(panel).to_contain_text("1 of 2 (5 %, 50 %)")
-    expect(panel.get_by_role("row", name="itl within its margin")).to_contain_text("between -3.00 % and +5.00 %")
+    expect(panel.get_by_role("row", name="next token (ITL) within its margin")).to_contain_text(
+        "between -3.00 % and +5.00 %"
+    )
     expect(page.get_by_role("button", name="Start", exact=True)).to_be_disabled()
     expect(page.get_by_role("button", name="Promote")).to_be_disabled()
     page.get_by_role("button", name="Pause").click()
@@ -267,6 +269,20 @@ def test_a_rollout_is_begun_paused_resumed_and_aborted(server: Server, page: Pag
     expect(page.get_by_role("button", name="Pause")).to_be_disabled()
     assert rollouts.orders == ["pause", "resume", "abort"]
     assert [body["steps"] for body in rollouts.bodies] == [[{"weight": 5}, {"weight": 50}]] * 2
+
+
+def test_a_rollout_that_runs_takes_the_sliders_out_of_the_hand(server: Server, page: Page) -> None:
+    open_page(page, server)
+    expect(page.locator("#rollouts")).to_contain_text("There was none yet.")
+    slider = page.get_by_role("slider", name="Share of int8")
+    expect(slider).to_be_enabled()
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.locator("#traffic")).to_contain_text("The rollout r1 deals the traffic now")
+    expect(page.locator("#rollouts")).not_to_contain_text("There was none yet.")
+    expect(slider).to_be_disabled()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Abort").click()
+    expect(slider).to_be_enabled()
 
 
 def test_a_canary_that_waits_is_promoted_only_by_who_says_yes(server: Server, page: Page) -> None:

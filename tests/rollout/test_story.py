@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from serve.rollout import Batch, Outcome, Plan, Rollout, Split, Step, plan_for
+from serve.rollout.judge import Verdict
 from serve.rollout.store import Store
-from serve.rollout.story import explain, history, overview
+from serve.rollout.story import explain, history, overview, summary
 
 BASE = Split("bf16", {"bf16": 100.0})
 PLAN = Plan(
@@ -52,6 +54,15 @@ def test_a_rollback_is_explained_with_its_numbers() -> None:
     assert "requests of int8" in story.sentence
     assert {chapter.guard for chapter in story.chapters} == set(PLAN.guards)
     json.dumps(story.to_dict())
+
+
+def test_a_rollout_that_runs_is_told_with_what_has_been_seen_by_now() -> None:
+    """The journal has a verdict when it changes, which may be long ago."""
+    store, name = told(None)
+    rows = store.journal(name)
+    verdict = next(row.facts for row in reversed(rows) if row.kind == "verdict")
+    live = replace(Verdict.from_dict(verdict), n_canary=4321, n_stable=8765)
+    assert "4321 requests of int8 and 8765 of bf16 were seen" in summary(rows, 1e9, live)["sentence"]
 
 
 def test_history_names_every_move_in_order_with_the_weight_from_then_on() -> None:

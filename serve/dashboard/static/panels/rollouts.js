@@ -6,6 +6,18 @@ import { Orders } from "../orders.js";
 import { panel } from "./panel.js";
 
 const SHOWN_LINES = 8;
+const LONGEST_LINE = 140;
+const NONE_YET = "There was none yet.";
+const GUARDS = {
+  error_rate: "errors",
+  degenerate: "empty or looping",
+  ttft: "first token (TTFT)",
+  itl: "next token (ITL)",
+  e2e: "whole answer (E2E)",
+  e2e_own_load: "E2E at its own load",
+  kl_divergence: "KL divergence",
+  top1_agreement: "agreement",
+};
 const RESULTS = { pass: "within its margin", fail: "worse", inconclusive: "not decided yet", no_data: "no data" };
 
 /** Order, text, when it means something, and what to ask before it is sent. */
@@ -63,7 +75,8 @@ class Rollouts {
     this.#shown = shown;
     show(this.#current, shown !== null);
     if (shown) this.#tell(shown);
-    else if (!this.#said.textContent) setText(this.#said, "There was none yet.");
+    else if (!this.#said.textContent) setText(this.#said, NONE_YET);
+    if (shown && this.#said.textContent === NONE_YET) setText(this.#said, "");
     this.#starter.update(view, list.active !== null);
     const past = list.rollouts.filter((rollout) => rollout.id !== shown?.id).slice(0, 5);
     show(this.#history, past.length > 0);
@@ -91,13 +104,14 @@ class Rollouts {
     const findings = verdict?.findings ?? [];
     show(this.#table, findings.length > 0);
     keyed(this.#guards, findings, (f) => f.guard, () => rowOf(3), (row, f) => {
-      fill(row, [[f.guard.replaceAll("_", " ")], [RESULTS[f.result]], ["", f.sentence]]);
+      fill(row, [[GUARDS[f.guard] ?? f.guard.replaceAll("_", " ")], [RESULTS[f.result]], ["", f.sentence]]);
       row.className = f.result;
     });
     const lines = rollout.lines.slice(-SHOWN_LINES);
     keyed(this.#lines, lines, (line) => `${line.at_s} ${line.kind} ${line.sentence}`, () => el("li", {}, el("time"), el("span")), (node, line) => {
       setText(node.children[0], clock(line.at_s * 1000));
-      setText(node.children[1], ` ${line.sentence}`);
+      setText(node.children[1], ` ${shortened(line.sentence)}`);
+      setAttribute(node, "title", line.sentence);
     });
   }
 
@@ -157,6 +171,12 @@ class Starter {
     });
     return { to: this.#canary.value, steps, dry_run: dryRun };
   }
+}
+
+/** A verdict names every guard, as the table does: a line has room for the first of them. */
+function shortened(sentence) {
+  if (sentence.length <= LONGEST_LINE) return sentence;
+  return `${sentence.slice(0, sentence.lastIndexOf(" ", LONGEST_LINE))} …`;
 }
 
 function tableOf(caption, titles, body) {

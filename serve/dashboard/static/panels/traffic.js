@@ -103,21 +103,28 @@ function codes(byCode) {
   return counted.map(([code, value]) => `${code} ${count(value)}`).join(", ");
 }
 
+function ownerOf({ rollouts, experiments }) {
+  if (rollouts?.list.active) return `The rollout ${rollouts.list.active}`;
+  return experiments?.list.active ? `The experiment ${experiments.list.active}` : null;
+}
+
 /** Sliders whose sum stays 100. What a person has begun to change is not overwritten by what the server says. */
 class Editor {
   #orders;
   #edited = null;
   #server = {};
   #fallback = "";
+  #owned = false;
   #sliders = el("div", { class: "sliders" });
   #apply = el("button", { type: "submit", class: "primary" }, "Apply");
   #reset = el("button", { type: "button" }, "Undo");
   #said = el("p", { class: "hint", role: "status" });
+  #owner = el("p", { class: "hint" });
   #form = el("form", { "aria-label": "Change the split" }, this.#sliders, el("div", { class: "buttons" }, this.#reset, this.#apply));
   #unlock = el("button", { type: "button" }, "Enter the admin key …");
   #lockedWhy = el("p", { class: "hint" });
   #locked = el("div", { class: "locked" }, this.#lockedWhy, this.#unlock);
-  node = el("div", { class: "editor" }, el("h3", {}, "Change the split"), this.#form, this.#said, this.#locked);
+  node = el("div", { class: "editor" }, el("h3", {}, "Change the split"), this.#owner, this.#form, this.#said, this.#locked);
 
   constructor(page) {
     this.#orders = new Orders(page, this.#said);
@@ -136,8 +143,17 @@ class Editor {
     if (!open) return this.#explain(view.refusal);
     this.#server = view.snapshot.traffic.weights;
     this.#fallback = view.snapshot.traffic.stable;
+    this.#leave(ownerOf(view.snapshot));
     keyed(this.#sliders, view.variants, (v) => v.name, (v) => this.#slider(v), (node, v) => this.#fill(node, v));
     return this.#buttons();
+  }
+
+  /** Who deals traffic now, if it is not a hand's to move: then the sliders only show. */
+  #leave(owner) {
+    this.#owned = owner !== null;
+    if (owner && this.#edited) this.#edit(null);
+    setText(this.#owner, owner ? `${owner} deals the traffic now; end it to move it by hand.` : "");
+    show(this.#owner, this.#owned);
   }
 
   #explain(refusal) {
@@ -159,6 +175,7 @@ class Editor {
   #fill(node, { name }) {
     const [, slider, output] = node.children;
     const weight = this.#weights[name] ?? 0;
+    slider.disabled = this.#owned;
     if (slider.valueAsNumber !== Math.round(weight)) slider.value = weight;
     setAttribute(slider, "aria-valuetext", `${rounded(weight)} percent`);
     setText(output, `${rounded(weight)} %`);
