@@ -247,7 +247,8 @@ def _sentence(measure: Measure, finding: Finding) -> str:
     interval = ""
     if finding.low is not None and finding.high is not None:
         interval = f", between {measure.text(finding.low)} and {measure.text(finding.high)}"
-    limit = f"{'±' if measure.two_sided else ''}{measure.text(finding.margin)}"
+    limit = measure.text(finding.margin)
+    limit = f"±{limit.lstrip('+')}" if measure.two_sided else limit
     what = {"fail": "worse", "pass": f"within {limit}"}.get(finding.result, f"limit {limit} not excluded")
     n = f"n = {finding.n_canary} canary" + (f", {finding.n_stable} stable" if measure.kind != "level" else "")
     e_value = exp(min(finding.log_e_harm, 700.0))
