@@ -28,6 +28,7 @@ LIGHT = {
     "serve.compression": RAY | HTTP,
     "serve.quality": RAY | HTTP,
     "serve.engine": RAY | HTTP,
+    "serve.engine.engine": RAY | HTTP | {"scipy"},
     "serve.loading": RAY | HTTP,
 }
 
