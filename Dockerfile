@@ -6,23 +6,32 @@
 # pip's own settings choose where wheels come from: to keep the CPU image small, give PIP_EXTRA_INDEX_URL the address
 # of PyTorch's CPU wheels as a build argument; without it pip takes the default torch wheel, which also runs on a CPU.
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
-
+FROM ${BASE} AS base
 ARG PYTHON=python3.11
-ARG PIP_EXTRA_INDEX_URL=
 # wget is for KubeRay, which probes its pods with it.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends make wget \
     && (command -v ${PYTHON} || apt-get install --yes --no-install-recommends ${PYTHON} ${PYTHON}-venv) \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 halftone
-
 WORKDIR /halftone
-COPY --chown=halftone:halftone . .
 RUN chown halftone:halftone .
+
+# The compiler stays in this stage; what it makes, for every CPU that the kernels know, is copied.
+FROM base AS build
+ARG PYTHON=python3.11
+ARG PIP_EXTRA_INDEX_URL=
+RUN apt-get update && apt-get install --yes --no-install-recommends g++
+COPY --chown=halftone:halftone . .
 USER halftone
 # The folder of artifacts is made here, so that a volume mounted on it belongs to this user.
-RUN make install PYTHON=${PYTHON} && rm -rf ~/.cache/pip && mkdir -p ~/.cache/halftone/artifacts
+RUN make install PYTHON=${PYTHON} && mkdir -p ~/.cache/halftone/artifacts
+RUN make kernels PYTHON=${PYTHON}
+
+FROM base
+COPY --from=build --chown=halftone:halftone /halftone /halftone
+COPY --from=build --chown=halftone:halftone /home/halftone/.cache/halftone /home/halftone/.cache/halftone
+USER halftone
 
 # Inside a container the port must leave loopback to be published; outside, `halftone serve` stays on 127.0.0.1.
 EXPOSE 8000

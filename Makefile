@@ -8,7 +8,7 @@ PEERS ?= .peers
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help install install-dev peers serve check format test test-fast clean
+.PHONY: help install install-dev kernels peers serve check format test test-fast clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ $(VENV)/.dev: $(VENV)/.serve
 install: $(VENV)/.serve  ## Install what serving needs
 
 install-dev: $(VENV)/.dev  ## Install what developing needs
+
+kernels: install  ## Compile the kernels of every CPU that they know, as an image needs them
+	@$(BIN)/python -m serve.kernels --every-cpu
 
 serve: install  ## Serve the embedded model on 127.0.0.1:8000 (CONFIG=FILE, ARGS="--port 9000")
 	@exec $(BIN)/halftone serve $(CONFIG) $(ARGS)

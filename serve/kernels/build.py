@@ -17,7 +17,7 @@ from pathlib import Path
 from signal import SIGKILL
 from subprocess import DEVNULL, PIPE
 
-__all__ = ["Started", "compiled", "end", "is_compiled", "missing_features"]
+__all__ = ["BUILDS", "Started", "compiled", "end", "is_compiled", "missing_features"]
 
 _SOURCES = Path(__file__).parent / "csrc"
 _VECTORS = (
@@ -33,6 +33,8 @@ _VECTORS = (
     "fma",
 )
 _TILES = ("amx_tile", "amx_int8", "amx_bf16")
+BUILDS = {"AVX-512": _VECTORS, "AMX": (*_VECTORS, *_TILES)}
+"""The instruction sets of each library that there can be, by the one that gives it its name."""
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fvisibility=hidden")
 _COMPILE_TIMEOUT_S = 300
 
@@ -42,7 +44,7 @@ Started = Callable[["subprocess.Popen[str]"], None]
 
 def features() -> tuple[str, ...]:
     """The instruction sets to compile for, as Linux spells them: tiles where the CPU has them, else vectors."""
-    return (*_VECTORS, *_TILES) if _present().issuperset(_TILES) else _VECTORS
+    return BUILDS["AMX" if _present().issuperset(_TILES) else "AVX-512"]
 
 
 def missing_features() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,17 @@ def test_a_compiler_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.M
     assert not list((tmp_path / "cache").glob("*.so"))
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
     assert "No such file" in str(build.compiled())
+
+
+def test_an_image_can_bring_the_kernels_of_every_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\nfor word; do [ "$last" = -o ] && output=$word; last=$word; done\necho "$*" > "$output"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("HALFTONE_KERNEL_CACHE", str(tmp_path / "cache"))
+    subprocess.run([sys.executable, "-m", "serve.kernels", "--every-cpu"], check=True)
+    libraries = [library.read_text() for library in (tmp_path / "cache").glob("*.so")]
+    assert sorted("-mamx-tile" in asked for asked in libraries) == [False, True]
+    assert build.is_compiled()
