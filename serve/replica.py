@@ -17,29 +17,28 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from serve import metrics
-from serve.errors import GenerationFailed, HalftoneError, OutOfMemory, Overloaded, VariantUnavailable
+from serve.errors import GenerationFailed, HalftoneError, Overloaded, VariantUnavailable
 from serve.generation import Event, Failure, GenerationRequest, Prompt, SamplingParams, Tokenized
 from serve.heartbeat import Orders, ReplicaBeat, State
 from serve.hop import Outbox, Parcel
 from serve.metrics import Recorder, VariantLabels
 from serve.pairs import SCORING_PRIORITY, Kept, Recording, Scores, Side
 from serve.place import here
+from serve.resident import Resident
 from serve.upkeep.limit import limit_of
 from serve.variant import Variant
 from serve.wire import Channel, Lines
 
 if TYPE_CHECKING:
-    from serve.drift import Keeper, Pairing, Room
-    from serve.engine.engine import Engine
-    from serve.engine.prompt import PromptEncoder
+    from serve.drift import Keeper
     from serve.engine.witness import Witness
     from serve.kernels import Build
     from serve.loading import LoadedModel
-    from serve.upkeep import Energy, Upkeep
+    from serve.upkeep import Energy
 
 __all__ = ["Replica"]
 
@@ -49,11 +48,8 @@ _LOADING_BEAT_S = 0.25
 _LEAST_BEAT_S = 0.1
 _LOOK_S = 1.0
 _REMEMBERED_ABORTS = 4096
-_RECORDED_BYTES = 64 * 2**20
-"""What all requests that are being recorded may hold together; one of them at most a quarter."""
 _NEEDED = ("weights", "quantization", "kv_cache")
 """What a variant takes when it is loaded again, by component."""
-_SECOND_COPY_RATIO = 1.2
 _SCORED_AT_ONCE = 8
 _SCORING_S = 30.0
 """How long a text may wait for users to leave room for its scoring."""
@@ -73,8 +69,8 @@ class Replica:
         self._state: State = "loading"
         self._stage = ("start", 0.0)
         self._reason: str | None = None
-        self._serving: _Serving | None = None
-        self._retiring: _Serving | None = None  # finishes what began on it
+        self._serving: Resident | None = None
+        self._retiring: Resident | None = None  # finishes what began on it
         self._loading = asyncio.Lock()
         self._build: Build | None = None
         self._report_due = False
@@ -245,7 +241,7 @@ class Replica:
         serving = self._require()
         return await asyncio.to_thread(serving.detokenize, ids)
 
-    def _require(self) -> _Serving:
+    def _require(self) -> Resident:
         if self._serving is None or self._state == "freed":
             raise VariantUnavailable(f"variant {self._variant.name!r} is {self._state}: {self._reason or 'wait'}")
         return self._serving
@@ -279,7 +275,7 @@ class Replica:
 
     # Loading, on a worker thread
 
-    def _load(self) -> _Serving:
+    def _load(self) -> Resident:
         # Idle OpenMP threads must sleep: variants share the cores, and a spinning one takes them from its neighbour.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self._progress("import", 0, 1)
@@ -293,7 +289,7 @@ class Replica:
         if threads := self._variant.engine.threads:
             torch.set_num_threads(threads)
         self._build = None if self._variant.device.startswith("cuda") else build_aside()
-        return _Serving.of(self._read(self._progress), self._variant, self._on_step, upkeep)
+        return Resident.of(self._read(self._progress), self._variant, self._on_step, upkeep)
 
     def _read(self, progress: Callable[[str, int, int], None]) -> LoadedModel:
         from serve.compression.artifact import default_root
@@ -309,7 +305,7 @@ class Replica:
             progress=progress,
         )
 
-    def _load_anew(self, old: _Serving, build: Build) -> _Serving | None:
+    def _load_anew(self, old: Resident, build: Build) -> Resident | None:
         """The model once more, for the kernels that were built; None where it stays as it is, and `path` says why."""
         from serve.kernels import BEING_BUILT
 
@@ -421,7 +417,7 @@ class Replica:
         before, self._waiting = self._waiting, waiting
         return min(before, waiting)
 
-    def _record(self, serving: _Serving, memory: Mapping[str, int], energy: Energy) -> None:
+    def _record(self, serving: Resident, memory: Mapping[str, int], energy: Energy) -> None:
         stats, report, labels = serving.engine.stats(), serving.loaded.report, self._labels
         self._recorder.set(metrics.RUNNING, labels, stats.running)
         self._recorder.set(metrics.WAITING, labels, stats.waiting)
@@ -444,94 +440,6 @@ class Replica:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _Serving:
-    """A loaded model with its engine running. Its methods block."""
-
-    def __init__(self, loaded: LoadedModel, engine: Engine, encoder: PromptEncoder, room: Room, upkeep: Upkeep) -> None:
-        self.loaded = loaded
-        self.engine = engine
-        self._encoder = encoder
-        self._room = room
-        self.upkeep = upkeep
-        self.path = engine.path
-        """Which path makes the engine's steps, for the load report."""
-
-    @classmethod
-    def of(cls, loaded: LoadedModel, variant: Variant, sink: Callable[[list[Event]], None], upkeep: Upkeep) -> _Serving:
-        from serve.drift import Room
-        from serve.engine.engine import Engine
-        from serve.engine.prompt import PromptEncoder
-
-        engine = Engine(loaded.model, loaded.tokenizer, variant.engine, sink)
-        encoder = PromptEncoder(loaded.tokenizer, max_model_len=engine.settings.max_model_len)
-        engine.start()
-        made = cls(loaded, engine, encoder, Room(_RECORDED_BYTES), upkeep)
-        made.begin()
-        return made
-
-    def renewed(self, loaded: LoadedModel, sink: Callable[[list[Event]], None]) -> _Serving:
-        """The same with the model loaded again, its engine not started: `begin` once this one has ended."""
-        from serve.engine.engine import Engine
-
-        engine = Engine(loaded.model, loaded.tokenizer, self.engine.settings, sink)
-        return _Serving(loaded, engine, self._encoder, self._room, self.upkeep)
-
-    def begin(self) -> None:
-        """Account for this model from now on."""
-        report = self.loaded.report
-        self.upkeep.begin(
-            self.engine,
-            weights=report.weight_bytes + report.embedding_bytes,
-            quantization=report.quantization_bytes,
-            mapped=0 if self.path.startswith("native") else report.mapped_bytes,  # the native path holds copies
-        )
-
-    @property
-    def gains_by_kernels(self) -> bool:
-        """Whether loaded with them, the model or any of its layers would be multiplied by them."""
-        from serve.kernels import BEING_BUILT
-
-        return BEING_BUILT in self.path or any(not name.startswith("dense") for name in self.loaded.report.kernels)
-
-    def require_room(self, available_bytes: int) -> None:
-        """Raise OutOfMemory where there is no room for a second copy of the weights."""
-        if available_bytes < _SECOND_COPY_RATIO * self.loaded.report.total_bytes:
-            raise OutOfMemory("no memory for a second copy of the weights meanwhile")
-
-    @property
-    def context_length(self) -> int:
-        return self.engine.settings.max_model_len or self.loaded.context_length
-
-    def encode(self, request: GenerationRequest) -> tuple[int, ...]:
-        return self._encoder.encode(request.prompt, add_special_tokens=request.add_special_tokens)
-
-    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> Tokenized:
-        ids = self._encoder.encode(prompt, add_special_tokens=add_special_tokens)
-        pieces = tuple(str(self.loaded.tokenizer.decode([token])) for token in ids)
-        return Tokenized(ids, pieces, self.context_length)
-
-    def detokenize(self, ids: tuple[int, ...]) -> str:
-        return str(self.loaded.tokenizer.decode(list(ids)))
-
-    def keeper(self, wants: Literal["hidden", "logits"], prompt: tuple[int, ...]) -> Keeper:
-        from serve.drift import Keeper
-
-        return Keeper(wants, prompt, self.engine.head, self._room, _RECORDED_BYTES // 4)
-
-    def pairing(self, recording: Recording, side: Side) -> Pairing:
-        from serve.drift import Pairing
-
-        return Pairing(recording, side, self.engine.head)
-
-    def report(self) -> Mapping[str, Any]:
-        """The load report, with the path that makes the engine's steps."""
-        return {**self.loaded.report.to_dict(), "path": self.path}
-
-    def close(self) -> None:
-        self.engine.close()
-        self._encoder.close()
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """`python -m serve.kernels`: compile the kernels now instead of at the first start, and say what there is.
 
-With `--measure`, how fast they are here. With `--every-cpu` those of all CPUs are compiled, also where this one can run none of
-them: an image is built on one machine and runs on others.
+With `--measure`, how fast they are here. With `--every-cpu` those of all CPUs are compiled, also where this one can run
+none of them: an image is built on one machine and runs on others.
 """
 
 from __future__ import annotations
