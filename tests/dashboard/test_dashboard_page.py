@@ -133,6 +133,18 @@ def test_few_answers_make_no_verdict(server: Server, page: Page) -> None:
     expect(advice(page, "Fastest")).to_have_count(0)
 
 
+def test_nobody_is_called_closest_while_another_may_be_closer(server: Server, page: Page) -> None:
+    for name in ("bf16", "int8", "nf4"):
+        server.stage.answered(name, 30)
+    server.stage.drifted("int8", tokens=100, kl_nats=0.003, agreeing=96)
+    server.stage.drifted("nf4", tokens=500, kl_nats=0.07, agreeing=400)
+    open_page(page, server)
+    expect(page.locator("#choice .lines")).to_contain_text("Too few tokens scored yet to tell: int8.")
+    expect(advice(page, "Closest")).to_have_count(0)
+    server.stage.drifted("int8", tokens=200, kl_nats=0.003, agreeing=192)
+    expect(advice(page, "Closest to bf16")).to_contain_text("int8")
+
+
 def test_a_failed_variant_shows_its_reason(server: Server, page: Page) -> None:
     open_page(page, server)
     row = page.locator("tr.absent")

@@ -19,10 +19,16 @@ export function adviceOn(points, reference) {
   const ranked = timed.length > 1 && timed.every((p) => p.gaps >= FEW_GAPS) ? timed : [];
   const scored = points.filter((p) => p.scored >= FEW_TOKENS);
   const answers = [];
-  if (scored.length) answers.push(closest(scored, reference));
+  if (scored.length && !contested(points, scored)) answers.push(closest(scored, reference));
   if (ranked.length) answers.push(fastest(ranked, reference));
   if (points.length > 1) answers.push(smallest(points, reference));
   return { answers, remarks: [...unknown(points, timed, reference), ...beyond(scored), ...beaten(ranked, scored, reference)] };
+}
+
+/** Whether one of whom too little was scored to tell looks closer than all of whom enough was. */
+function contested(points, scored) {
+  const best = Math.min(...scored.map((p) => p.drift));
+  return points.some((p) => p.scored > 0 && p.scored < FEW_TOKENS && p.drift < best);
 }
 
 function closest(scored, reference) {
