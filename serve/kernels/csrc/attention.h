@@ -85,8 +85,8 @@ inline void attend(Product& product, AttentionRoom& room, const Cache& cache, co
                             const bf16* next) {
     by_row_blocks(q.count, [&](int64_t row, int count) {
       const Ahead ahead{reinterpret_cast<const uint8_t*>(next), row == 0 && next ? kPanelStep / 64 : 0};
-      product.multiply<false>(static_cast<const uint8_t*>(a) + row * stride, stride,
-                              reinterpret_cast<const uint8_t*>(panel), steps, count, sums[row], resume, ahead);
+      const Rows block{static_cast<const uint8_t*>(a) + row * stride, stride, kStepBytes, 16 * stride};
+      product.multiply<false>(block, reinterpret_cast<const uint8_t*>(panel), steps, count, sums[row], resume, ahead);
     });
   };
   std::fill_n(room.highest, q.count, -1e30f);

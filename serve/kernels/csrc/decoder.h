@@ -178,7 +178,7 @@ class Decoder {
         for (const Linear* reader : readers) {
           const bool integer = reader->format == Format::kInt8;
           if (integer ? narrow : wide && !reader->offset) continue;
-          prepare_row(a, r, row, *reader);
+          prepare_row(a, r, rows, row, *reader);
           (integer ? narrow : wide) = true;
         }
       }

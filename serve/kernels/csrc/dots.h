@@ -16,27 +16,27 @@ inline bool supported() { return true; }
 
 class Product {
  public:
+  static constexpr int kTileRows = 1;             // every row lies for itself
   static constexpr int kGrain = 1, kRows = 12;    // 24 sums, two lines and a word of activations fit 32 registers
   static constexpr int kFewRows = 4;              // up to here a block is as fast as memory
+  static constexpr int64_t kChunkSteps = 0;       // a panel is not cut
   static constexpr bool kReadsCodes = true;       // codes become values in registers
 
-  // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
-  template <bool kInteger>
-  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume,
-                Ahead ahead = {}) {
+  // b: a panel, in memory if `kFetches`, else in a cache; sums: [rows][32] words, added to if `resume`.
+  template <bool kInteger, bool kFetches = true>
+  void multiply(const Rows& a, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume, Ahead ahead = {}) {
     static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
-      return std::array{&block<kInteger, kCount + 1>...};
+      return std::array{&block<kInteger, kFetches, kCount + 1>...};
     }(std::make_integer_sequence<int, kRows>());
-    kernels[rows - 1](a, stride, b, steps, sums, resume, ahead);
+    kernels[rows - 1](a.data, a.stride, b, steps, sums, resume, ahead);
   }
 
   // The same with 4-bit codes.
-  void multiply_codes(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, int rows,
-                      float* sums) {
+  void multiply_codes(const Rows& a, const uint8_t* codes, __m512i table, int64_t steps, int rows, float* sums) {
     static constexpr auto kernels = []<int... kCount>(std::integer_sequence<int, kCount...>) {
       return std::array{&code_block<kCount + 1>...};
     }(std::make_integer_sequence<int, kRows>());
-    kernels[rows - 1](a, stride, codes, table, steps, sums);
+    kernels[rows - 1](a.data, a.stride, codes, table, steps, sums);
   }
 
   void release() {}
@@ -60,11 +60,11 @@ class Product {
 
   // Three rows share a pointer: that many addresses fit the registers.
   template <int kCount>
-  struct Rows {
+  struct Pointers {
     const uint8_t* base[(kCount + 2) / 3];
     int64_t stride;
 
-    Rows(const uint8_t* a, int64_t row_stride) : stride(row_stride) {
+    Pointers(const uint8_t* a, int64_t row_stride) : stride(row_stride) {
       for (int i = 0; i < (kCount + 2) / 3; ++i) base[i] = a + 3 * i * stride;
     }
     const uint8_t* row(int r) const { return base[r / 3] + r % 3 * stride; }
@@ -73,7 +73,7 @@ class Product {
     }
   };
 
-  template <bool kInteger, int kCount>
+  template <bool kInteger, bool kFetches, int kCount>
   static void block(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, float* sums, bool resume,
                     Ahead ahead) {
     constexpr int64_t kAhead = kCount <= kFewRows ? kFewRowsAhead : kManyRowsAhead;
@@ -82,14 +82,16 @@ class Product {
     for (int r = 0; r < kCount; ++r)
       for (int half = 0; half < 2; ++half)
         sum[r][half] = resume ? _mm512_loadu_si512(sums + r * kPanel + half * 16) : _mm512_setzero_si512();
-    Rows<kCount> rows(a, stride);
+    Pointers<kCount> rows(a, stride);
     for (int64_t s = 0; s < steps; ++s, b += kPanelStep, rows.advance(kStepBytes)) {
       for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
 #pragma GCC unroll 16
       for (int w = 0; w < 16; ++w) {
         const __m512i left = _mm512_loadu_si512(b + w * 128), right = _mm512_loadu_si512(b + w * 128 + 64);
-        _mm_prefetch(b + w * 128 + kAhead, _MM_HINT_T0);
-        _mm_prefetch(b + w * 128 + 64 + kAhead, _MM_HINT_T0);
+        if constexpr (kFetches) {
+          _mm_prefetch(b + w * 128 + kAhead, _MM_HINT_T0);
+          _mm_prefetch(b + w * 128 + 64 + kAhead, _MM_HINT_T0);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < kCount; ++r) {
           const __m512i x = word(rows.row(r) + w * 4);
@@ -107,7 +109,7 @@ class Product {
   template <int kCount>
   static void code_block(const uint8_t* a, int64_t stride, const uint8_t* codes, __m512i table, int64_t steps, float* sums) {
     __m512i sum[kCount][2] = {};
-    Rows<kCount> rows(a, stride);
+    Pointers<kCount> rows(a, stride);
     for (int64_t s = 0; s < steps; ++s, codes += kPanelStep / 4, rows.advance(kStepBytes)) {
 #pragma GCC unroll 4
       for (int quad = 0; quad < 4; ++quad) {

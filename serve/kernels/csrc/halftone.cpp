@@ -63,7 +63,7 @@ void ht_linear(void* team_pointer, const Linear* w, const bf16* x, int64_t rows,
           const __mmask16 mask = first(w->inputs - i);
           _mm512_mask_storeu_ps(row.data() + i, mask, load_bf16(x + r * w->inputs + i, mask));
         }
-        prepare_row(a, r, row.data(), *w);
+        prepare_row(a, r, rows, row.data(), *w);
       }
     });
     team.barrier();

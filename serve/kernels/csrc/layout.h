@@ -47,7 +47,14 @@ struct Linear {
   int64_t panel_bytes() const { return steps() * (format == Format::kCode4 ? kPanelStep / 4 : kPanelStep); }
 };
 
-// Weights to bring into the second cache while others are multiplied: so many lines with every step.
+// A block of rows of activations: where it begins, and how far it is to the next row, to a row's next step, and from 16
+// rows to the next 16.
+struct Rows {
+  const uint8_t* data;
+  int64_t stride, step, tile;
+};
+
+// Weights to bring into a cache while others are multiplied: so many lines with every step.
 struct Ahead {
   const uint8_t* from = nullptr;
   int lines = 0;

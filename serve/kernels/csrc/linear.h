@@ -22,41 +22,47 @@ struct PanelRoom {
   }
 };
 
-// Calls fold(row, half, 16 raw sums, 16 sums to update) for every row of a block and both halves of the panel.
-template <typename Fold>
-inline void fold_rows(PanelRoom& room, int64_t row, int rows, Fold&& fold) {
-  for (int64_t r = row; r < row + rows; ++r)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = r * kPanel + half * 16;
-      fold(r, half, room.raw.data() + at, room.sums.data() + at);
-    }
+// The raw sums of one panel, [rows][32]. Where several blocks of rows read it and the product says so, a part of it at a
+// time, from the first cache; meanwhile the blocks share the next part among them.
+template <bool kInteger>
+inline void multiply_panel(Product& product, const Linear& w, const void* x, const Tiling& tiling, int64_t rows,
+                           int64_t panel, float* sums) {
+  const uint8_t* b = w.weight + panel * w.panel_bytes();
+  const int64_t steps = w.steps(), height = block_height(rows), blocks = (rows + height - 1) / height;
+  if (blocks == 1 || Product::kChunkSteps == 0)
+    return by_row_blocks(rows, [&](int64_t row, int count) {
+      product.multiply<kInteger>(tiling.block(x, row, 0), b, steps, count, sums + row * kPanel, false,
+                                 ahead_of(b, steps, rows, row));
+    });
+  const int64_t lines = (kPanelStep / 64 + blocks - 1) / blocks;
+  for (int64_t s = 0, end; s < steps; s = end) {
+    end = std::min(s + Product::kChunkSteps, steps);
+    by_row_blocks(rows, [&](int64_t row, int count) {
+      const Ahead ahead{b + end * kPanelStep + row / height * lines * (end - s) * 64, static_cast<int>(lines)};
+      product.multiply<kInteger, false>(tiling.block(x, row, s), b + s * kPanelStep, end - s, count, sums + row * kPanel,
+                                        s > 0, ahead);
+    });
+  }
 }
 
 // The sums of one panel, scaled, biased: room.sums [rows][32] in fp32.
 inline void panel_dense(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
-  const uint8_t* b = w.weight + panel * w.panel_bytes();
-  const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data());
-  const int64_t stride = padded(w.inputs) * 2;
-  by_row_blocks(rows, [&](int64_t row, int count) {
-    room.product.multiply<false>(x + row * stride, stride, b, w.steps(), count, room.sums.data() + row * kPanel, false,
-                                 ahead_of(b, w.steps(), rows, row));
-  });
+  multiply_panel<false>(room.product, w, a.wide.data(), wide_tiling(w.inputs, rows), rows, panel, room.sums.data());
 }
 
 inline void panel_int8(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
-  const uint8_t* b = w.weight + panel * w.panel_bytes();
-  const int64_t stride = padded(w.inputs), column = panel * kPanel;
-  by_row_blocks(rows, [&](int64_t row, int count) {
-    room.product.multiply<true>(a.narrow.data() + row * stride, stride, b, w.steps(), count,
-                                room.raw.data() + row * kPanel, false, ahead_of(b, w.steps(), rows, row));
-    fold_rows(room, row, count, [&](int64_t r, int half, const float* raw, float* sums) {
-      const __mmask16 mask = first(w.outputs - column - half * 16);
-      const __m512 scale = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.scale) + column + half * 16);
-      const __m512i offset = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(w.offset) + column + half * 16);
-      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(raw), offset));
-      _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_mul_ps(exact, scale), _mm512_set1_ps(a.scales[r])));
-    });
-  });
+  multiply_panel<true>(room.product, w, a.narrow.data(), narrow_tiling(w.inputs, rows), rows, panel, room.raw.data());
+  const int64_t column = panel * kPanel;
+  for (int half = 0; half < 2; ++half) {
+    const __mmask16 mask = first(std::max<int64_t>(0, w.outputs - column - half * 16));
+    const __m512 scale = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(w.scale) + column + half * 16);
+    const __m512i offset = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(w.offset) + column + half * 16);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * kPanel + half * 16;
+      const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(room.raw.data() + at), offset));
+      _mm512_storeu_ps(room.sums.data() + at, _mm512_mul_ps(_mm512_mul_ps(exact, scale), _mm512_set1_ps(a.scales[r])));
+    }
+  }
 }
 
 // 16 codes of 4 bits in 16-bit words become 4 lines; the table holds its values twice, so bit 4 may be anything.
@@ -76,14 +82,15 @@ inline void unpack_step(const uint8_t* codes, __m512i table, uint8_t* out) {
 struct CodePanel {
   const Linear& w;
   const Activations& a;
-  int64_t panel;
+  int64_t panel, rows;
   const uint8_t* codes = w.weight + panel * w.panel_bytes();
-  const uint8_t* x = reinterpret_cast<const uint8_t*>(a.wide.data());
-  int64_t stride = padded(w.inputs) * 2, group_steps = w.group / 32, groups = w.groups();
+  Tiling tiling = wide_tiling(w.inputs, rows);
+  int64_t group_steps = w.group / 32, groups = w.groups();
   __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.table)));
 
   int64_t first_step(int64_t g) const { return std::min(g * group_steps, w.steps()); }
   const uint8_t* step(int64_t s) const { return codes + s * (kPanelStep / 4); }
+  Rows block(int64_t row, int64_t s) const { return tiling.block(a.wide.data(), row, s); }
 
   void add(int64_t g, int64_t row, int count, const float* raw, float* sums) const {
     const int64_t at = (panel * groups + g) * kPanel;
@@ -107,8 +114,7 @@ inline void multiply_codes(AnyProduct& product, PanelRoom& room, const CodePanel
   by_row_blocks(rows, [&](int64_t row, int count) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t begin = p.first_step(g), steps = p.first_step(g + 1) - begin;
-      product.multiply_codes(p.x + row * p.stride + begin * kStepBytes, p.stride, p.step(begin), p.table, steps, count,
-                             room.raw.data());
+      product.multiply_codes(p.block(row, begin), p.step(begin), p.table, steps, count, room.raw.data());
       p.add(g, row, count, room.raw.data(), room.sums.data() + row * kPanel);
     }
   });
@@ -128,8 +134,7 @@ inline void multiply_codes(AnyProduct& product, PanelRoom& room, const CodePanel
       }
       by_row_blocks(rows, [&](int64_t row, int count) {
         float* raw = room.raw.data() + row * kPanel;
-        product.template multiply<false>(p.x + row * p.stride + s * kStepBytes, p.stride, room.unpacked, steps, count, raw,
-                                     s > begin);
+        product.template multiply<false, false>(p.block(row, s), room.unpacked, steps, count, raw, s > begin);
         if (s + steps == end) p.add(g, row, count, raw, room.sums.data() + row * kPanel);
       });
     }
@@ -137,7 +142,7 @@ inline void multiply_codes(AnyProduct& product, PanelRoom& room, const CodePanel
 }
 
 inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
-  const CodePanel p{w, a, panel};
+  const CodePanel p{w, a, panel, rows};
   std::fill_n(room.sums.data(), rows * kPanel, 0.0f);
   multiply_codes(room.product, room, p, rows);
 }
@@ -145,8 +150,7 @@ inline void panel_code4(PanelRoom& room, const Linear& w, const Activations& a, 
 // A panel's numbers go back between the zeros, some steps at a time, and are multiplied as bf16.
 inline void panel_sparse(PanelRoom& room, const Linear& w, const Activations& a, int64_t rows, int64_t panel) {
   constexpr int64_t kLines = kPanelStep / 64;
-  const auto* x = reinterpret_cast<const uint8_t*>(a.wide.data());
-  const int64_t stride = padded(w.inputs) * 2;
+  const Tiling tiling = wide_tiling(w.inputs, rows);
   const bf16* values = reinterpret_cast<const bf16*>(w.weight) + static_cast<const int64_t*>(w.offset)[panel];
   const uint32_t* masks = static_cast<const uint32_t*>(w.scale) + panel * w.steps() * kLines;
   for (int64_t s = 0; s < w.steps(); s += PanelRoom::kSteps) {
@@ -158,8 +162,8 @@ inline void panel_sparse(PanelRoom& room, const Linear& w, const Activations& a,
       values += __builtin_popcount(mask);
     }
     by_row_blocks(rows, [&](int64_t row, int count) {
-      room.product.multiply<false>(x + row * stride + s * kStepBytes, stride, room.unpacked, steps, count,
-                                   room.sums.data() + row * kPanel, s > 0);
+      room.product.multiply<false, false>(tiling.block(a.wide.data(), row, s), room.unpacked, steps, count,
+                                          room.sums.data() + row * kPanel, s > 0);
     });
   }
 }

@@ -27,13 +27,13 @@ class Product {
  public:
   static constexpr int kTileRows = 16;
   static constexpr int kGrain = kTileRows, kRows = 2 * kTileRows;
-  static constexpr int kFewRows = kRows;      // up to here a block is as fast as memory
-  static constexpr bool kReadsCodes = false;  // they are unpacked to memory first
+  static constexpr int kFewRows = kRows;        // up to here a block is as fast as memory
+  static constexpr int64_t kChunkSteps = 8;     // of a panel, for many blocks: 16 KiB stay in the first cache
+  static constexpr bool kReadsCodes = false;    // they are unpacked to memory first
 
-  // a: rows of `stride` bytes; b: a panel; sums: [rows][32] words, added to if `resume`.
-  template <bool kInteger>
-  void multiply(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume,
-                Ahead ahead = {}) {
+  // b: a panel, in memory if `kFetches`, else in a cache; sums: [rows][32] words, added to if `resume`.
+  template <bool kInteger, bool kFetches = true>
+  void multiply(const Rows& a, const uint8_t* b, int64_t steps, int rows, float* sums, bool resume, Ahead ahead = {}) {
     const int upper = std::min(rows, kTileRows), lower = rows - upper;
     configure(upper, lower);
     float* below = sums + kTileRows * kPanel;
@@ -49,12 +49,16 @@ class Product {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t s = 0; s < steps; ++s, a += kStepBytes, b += kPanelStep) {
-      for (int line = 0; line < kPanelStep; line += 64) _mm_prefetch(b + 3 * kPanelStep + line, _MM_HINT_T0);
-      for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
+    const uint8_t* x = a.data;
+    for (int64_t s = 0; s < steps; ++s, x += a.step, b += kPanelStep) {
+      for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T0);
+      if constexpr (kFetches && kInteger)
+        for (int line = 0; line < kPanelStep; line += 64) _mm_prefetch(b + kIntegerAhead + line, _MM_HINT_T0);
       _tile_loadd(6, b, 128);
+      if constexpr (kFetches && !kInteger) fetch_half(b + kFloatAhead);
       _tile_loadd(7, b + 64, 128);
-      _tile_loadd(4, a, stride);
+      if constexpr (kFetches && !kInteger) fetch_half(b + kFloatAhead + 64);
+      _tile_loadd(4, x, a.stride);
       if constexpr (kInteger) {
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
@@ -63,7 +67,7 @@ class Product {
         _tile_dpbf16ps(1, 4, 7);
       }
       if (!lower) continue;
-      _tile_loadd(5, a + kTileRows * stride, stride);
+      _tile_loadd(5, x + a.tile, a.stride);
       if constexpr (kInteger) {
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
@@ -86,6 +90,13 @@ class Product {
   }
 
  private:
+  // Measured: what is asked for near by, between the loads, the processor's own prefetcher takes for a stream.
+  static constexpr int64_t kIntegerAhead = 3 * kPanelStep, kFloatAhead = kPanelStep * 3 / 2;
+
+  static void fetch_half(const uint8_t* b) {
+    for (int line = 0; line < kPanelStep; line += 128) _mm_prefetch(b + line, _MM_HINT_T1);
+  }
+
   // The compiler does not know that tile instructions read memory: what they are to read must be written by now.
   static void settle(const void* written) { asm volatile("" : : "r"(written) : "memory"); }
 
