@@ -104,9 +104,9 @@ def _verify(runner: Runner, layers: list[LayerShape], prompts: list[list[int]], 
     cache = KVCache(layers, len(prompts) * blocks_for(max(_PROBE_LENGTHS), _PROBE_BLOCK_SIZE), _PROBE_BLOCK_SIZE)
     first, second = _probe_sequences(prompts)
     step = [_probe_chunk(first, 0, len(first.tokens)), _probe_chunk(second, 0, _PROBE_CUT)]
-    logits = [runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache).logits[0]]
+    logits = [runner.run(make_inputs(step), cache).logits[0]]
     step = [_probe_chunk(second, _PROBE_CUT, len(second.tokens))]
-    found = runner.run(make_inputs(step, _PROBE_BLOCK_SIZE, runner.device), cache)
+    found = runner.run(make_inputs(step), cache)
     logits.append(found.logits[0])
     if found.hidden is not None:
         runner.head = tried_head(runner.model, found.hidden[-1:], found.logits, runner.logits_dtype)

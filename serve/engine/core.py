@@ -157,7 +157,7 @@ class EngineCore:
             if not plan.chunks:
                 return []
             self._note(plan)
-            inputs = make_inputs(plan.chunks, self.settings.block_size, self._runner.device)
+            inputs = make_inputs(plan.chunks)
             return self._record(plan, inputs, self._runner.run(inputs, self._cache))
         except Exception as error:
             _logger.exception("a step failed")
@@ -188,7 +188,8 @@ class EngineCore:
         broken = _broken(inputs, outputs)
         events = self._fail(broken, _NOT_FINITE)
         show(inputs, outputs)
-        self._record_scores(inputs, logits[len(inputs.sampling) :], broken)
+        if inputs.scoring:
+            self._record_scores(inputs, logits[len(inputs.sampling) :], broken)
         self._record_tokens(inputs, outputs, broken)
         self._end_unsampled(plan, broken)
         events.extend(self._collect(_request_ids(plan.chunks)))
@@ -208,11 +209,11 @@ class EngineCore:
         sequences = [chunk.sequence for chunk in inputs.sampling]
         if not sequences:
             return
-        logits, best = outputs.logits[: len(sequences)], outputs.best
+        logits = outputs.logits[: len(sequences)] if inputs.scoring else outputs.logits
         for sequence in sequences:
             if sequence.request_id not in broken:
                 self._scheduler.register(sequence)
-        tokens = choose(logits, sequences, sorted(self._end_ids), None if best is None else best[: len(sequences)])
+        tokens = choose(logits, sequences, sorted(self._end_ids), outputs.best)
         logprobs = _output_logprobs(logits, sequences, tokens)
         now_s = time.perf_counter()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
@@ -271,7 +272,7 @@ def _request_ids(chunks: Iterable[Chunk]) -> list[str]:
 def _broken(inputs: StepInputs, outputs: StepOutputs) -> set[str]:
     """Requests whose logits are not finite."""
     best = outputs.best
-    finite = (outputs.logits.amax(-1).isfinite() if best is None else best >= 0).tolist()
+    finite = outputs.logits.amax(-1).isfinite().tolist() if best is None else [token >= 0 for token in best]
     if all(finite):
         return set()
     owners = [chunk.sequence.request_id for chunk in inputs.sampling]

@@ -57,12 +57,11 @@ class NativeRunner:
     def run(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
         """What is needed of the step's rows. Their keys and values are in the cache afterwards."""
         spans = [
-            Span(group.start + index * group.num_queries, group.num_queries, first, group.block_tables, index)
-            for group in inputs.groups
-            for index, first in enumerate(group.first_positions)
+            Span(start, chunk.length, chunk.start, chunk.sequence.blocks)
+            for start, chunk in zip(inputs.starts, inputs.chunks, strict=True)
         ]
         logits, best, hidden = self._decoder.step(
-            inputs.token_ids[0], inputs.positions[0], spans, inputs.logit_rows, inputs.hidden_rows
+            inputs.token_ids, inputs.positions, spans, inputs.logit_rows, inputs.hidden_rows
         )
         return StepOutputs(logits, hidden.bfloat16() if inputs.keeping else None, best)  # the head reads them in bf16
 

@@ -14,6 +14,7 @@ from serve.engine.backend import Attender, PagedStep, attending
 from serve.engine.head import Head
 from serve.engine.inputs import StepInputs
 from serve.engine.kv_cache import KVCache
+from serve.engine.ragged import lay_out
 from serve.engine.rope import PerSequenceRope
 
 __all__ = ["Runner", "StepOutputs"]
@@ -25,8 +26,8 @@ class StepOutputs:
 
     logits: Tensor  # [R, vocab] in fp32
     hidden: Tensor | None  # [K, hidden], as the head reads them; None where the model does not show them
-    best: Tensor | None = None
-    """Int64 [R], each row's argmax, -1 where its logits are not finite; None: nobody has looked yet."""
+    best: list[int] | None = None
+    """[R], each row's argmax, -1 where its logits are not finite; None: nobody has looked yet."""
 
 
 class Runner:
@@ -46,8 +47,9 @@ class Runner:
 
     def run(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
         """What is needed of the step's rows. Their keys and values are in the cache afterwards."""
-        with attending(PagedStep(cache, inputs.slots, inputs.groups)), self._rope.lengths(inputs.rope_lengths):
-            logits = self.forward(inputs.token_ids, inputs.positions, inputs.logit_rows)
+        row = lay_out(inputs, cache.block_size, self.device)
+        with attending(PagedStep(cache, row.slots, row.groups)), self._rope.lengths(row.rope_lengths):
+            logits = self.forward(row.token_ids, row.positions, row.logit_rows)
         states, self._states = self._states, None
         return StepOutputs(logits, None if states is None or not inputs.keeping else states[0, inputs.hidden_rows])
 

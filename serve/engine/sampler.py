@@ -36,17 +36,20 @@ class RowLogprobs:
 
 
 def choose(
-    logits: Tensor, sequences: SequenceOf[Sequence], end_ids: SequenceOf[int], best: Tensor | None = None
+    logits: Tensor, sequences: SequenceOf[Sequence], end_ids: SequenceOf[int], best: SequenceOf[int] | None = None
 ) -> list[int]:
     """One token per row. logits: [R, vocab] in fp32, one row for each sequence; left as they are. best: their argmax,
-    where it is known."""
+    where it is known; of more rows, if there are more, and -1 where that is no number."""
     processed = process(logits, sequences, end_ids)
-    tokens = best.clamp(min=0) if best is not None and processed is logits else processed.argmax(-1)
+    known = best is not None and processed is logits
+    tokens = [max(token, 0) for token in best[: len(sequences)]] if best and known else processed.argmax(-1).tolist()
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if rows:
         everyone = len(rows) == len(sequences)
-        tokens[rows] = _draw(processed if everyone else processed[rows], [sequences[row] for row in rows])
-    return tokens.tolist()
+        drawn = _draw(processed if everyone else processed[rows], [sequences[row] for row in rows]).tolist()
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def row_logprobs(logits: Tensor, token_ids: SequenceOf[int], top: SequenceOf[int]) -> list[RowLogprobs]:

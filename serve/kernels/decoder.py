@@ -19,6 +19,10 @@ from serve.kernels.linear import PackedLinear
 __all__ = ["Decoder", "DecoderShape", "LayerWeights", "Span"]
 
 
+_KEPT_ROWS = 64
+"""Of logits whose memory stays: as many sequences as decode together; a prompt that is scored takes more."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
     """The sizes of the model. head_dim is even and at most 256; hidden and intermediate are free."""
@@ -65,14 +69,7 @@ class Span:
     first_row: int
     num_rows: int
     first_position: int
-    tables: Tensor  # int64 [sequences, blocks]
-    table: int
-    """Which row of `tables` is its own: picking it out here would cost a microsecond a sequence."""
-
-    def range(self) -> SpanRange:
-        width = self.tables.shape[1]
-        start = self.tables.data_ptr() + self.table * width * self.tables.itemsize
-        return SpanRange(self.first_row, self.num_rows, self.first_position, width, start)
+    blocks: Sequence[int]
 
 
 class Decoder:
@@ -116,6 +113,8 @@ class Decoder:
             cosines=address(cosines, torch.float32),
             sines=address(sines, torch.float32),
         )
+        self._rooms: dict[int, Tensor] = {}
+        self._no_hidden = torch.empty(0, shape.hidden)
         self._decoder = library().ht_decoder(team(threads), byref(self._model))
 
     def __del__(self) -> None:
@@ -123,34 +122,56 @@ class Decoder:
             library().ht_decoder_free(decoder)
 
     def step(
-        self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span], logit_rows: Tensor, hidden_rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """token_ids, positions: int64 `[N]`; logit_rows: int64 `[R]`; hidden_rows: int64 `[K]`.
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        logit_rows: Sequence[int],
+        hidden_rows: Sequence[int],
+    ) -> tuple[Tensor, list[int], Tensor]:
+        """For N token_ids and positions, R logit_rows and K hidden_rows of them.
 
-        Returns float32 logits `[R, vocabulary]`; the likeliest token of each, int64 `[R]`, -1 where logits are not
-        finite; and what the head would read of the other rows, float32 `[K, hidden]`. The new keys and values are in
-        the cache afterwards.
+        Returns float32 logits `[R, vocabulary]`, which the next step may overwrite; the likeliest token of each, -1
+        where logits are not finite; and what the head would read of the other rows, float32 `[K, hidden]`. The new keys
+        and values are in the cache afterwards. Plain numbers, as a tensor for each would cost 10 microseconds.
         """
-        ranges = (SpanRange * len(spans))(*(span.range() for span in spans))
-        best = torch.empty(len(logit_rows), dtype=torch.int64)
-        logits = torch.empty(len(logit_rows), self.vocabulary)
-        hidden = torch.empty(len(hidden_rows), self._model.hidden)
+        tables = [_numbers(span.blocks) for span in spans]
+        ranges = (SpanRange * len(spans))(
+            *(
+                SpanRange(span.first_row, span.num_rows, span.first_position, len(table), ctypes.addressof(table))
+                for span, table in zip(spans, tables, strict=True)
+            )
+        )
+        numbers = [_numbers(values) for values in (token_ids, positions, logit_rows, hidden_rows)]
+        tokens_at, positions_at, logit_rows_at, hidden_rows_at = map(ctypes.addressof, numbers)
+        best = _numbers([0] * len(logit_rows))
+        logits = self._room(len(logit_rows))
+        hidden = torch.empty(len(hidden_rows), self._model.hidden) if hidden_rows else self._no_hidden
         step = Step(
             num_rows=len(token_ids),
             num_spans=len(spans),
             num_logits=len(logit_rows),
-            token_ids=address(token_ids, torch.int64),
-            positions=address(positions, torch.int64),
-            logit_rows=address(logit_rows, torch.int64),
+            token_ids=tokens_at,
+            positions=positions_at,
+            logit_rows=logit_rows_at,
             spans=ctypes.addressof(ranges),
             logits=address(logits),
-            best=address(best),
+            best=ctypes.addressof(best),
             num_hidden=len(hidden_rows),
-            hidden_rows=address(hidden_rows, torch.int64),
+            hidden_rows=hidden_rows_at,
             hidden=address(hidden),
         )
         library().ht_decode(self._decoder, byref(step))
-        return logits, best, hidden
+        return logits, list(best), hidden
+
+    def _room(self, rows: int) -> Tensor:
+        """For so many rows of logits; mostly the same memory, as new pages cost a step more than its Python."""
+        if rows > _KEPT_ROWS:
+            return torch.empty(rows, self.vocabulary)
+        if rows not in self._rooms:
+            room = torch.empty(rows, self.vocabulary)
+            self._rooms = {count: room[:count] for count in range(rows + 1)}
+        return self._rooms[rows]
 
     def project(self, hidden: Tensor) -> Tensor:
         """The head alone. hidden: float32 `[R, hidden]`, normalized; returns float32 `[R, vocabulary]`."""
@@ -170,3 +191,7 @@ def _layer(weights: LayerWeights) -> Layer:
         values=address(weights.values, torch.bfloat16),
         window=weights.window or 0,
     )
+
+
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
