@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._fast = _fast_decoder(tokenizer)
         self._decoders = _decoder_types(tokenizer)
         self._added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         self.end_ids = _ids(tokenizer.eos_token_id)
@@ -31,6 +33,8 @@ class Vocabulary:
 
     def decode(self, token_ids: SequenceOf[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a run of tokens, just as they stand: no spaces are cleaned up."""
+        if self._fast is not None:
+            return self._fast(list(token_ids), skip_special_tokens)
         text = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -75,6 +79,15 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _fast_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int], bool], str] | None:
+    """What decoding comes down to where a class adds nothing of its own: a quarter of the time, twice a token."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind: Any = type(tokenizer)
+    plain = isinstance(tokenizer, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode
+    return tokenizer.backend_tokenizer.decode if plain else None  # type: ignore[attr-defined]
 
 
 def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
