@@ -87,7 +87,7 @@ def _fast_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int], bo
 
     kind: Any = type(tokenizer)
     plain = isinstance(tokenizer, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode
-    return tokenizer.backend_tokenizer.decode if plain else None  # type: ignore[attr-defined]
+    return tokenizer.backend_tokenizer.decode if plain else None
 
 
 def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
