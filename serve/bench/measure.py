@@ -95,7 +95,9 @@ class _Served:
         self._random = random.Random(settings.seed)  # noqa: S311
         self._steps: SimpleQueue[_Step | Failure] = SimpleQueue()
         self._gate = threading.Event()
-        self._gate.set()
+        self._holder = ""
+        """The request in whose step the engine's thread waits for the gate. No other may: the step before it is told
+        before its thread comes here, and would wait for a batch that waits for it."""
         self._requests = 0
         self.engine = Engine(loaded.model, loaded.tokenizer, _limits(settings, loaded), self._on_step)
 
@@ -131,8 +133,9 @@ class _Served:
     def _held(self) -> Iterator[None]:
         """The engine's thread waits in the sink, with a request of one token, until the block ends."""
         self._gate.clear()
+        self._holder = self._name()
         try:
-            self.engine.submit(GenerationRequest(self._name(), (0,), SamplingParams(max_tokens=1, ignore_eos=True)))
+            self.engine.submit(GenerationRequest(self._holder, (0,), SamplingParams(max_tokens=1, ignore_eos=True)))
             step = self._steps.get()
             if isinstance(step, Failure):
                 raise step.error
@@ -159,6 +162,7 @@ class _Served:
                     ended.add(event.request_id)
         if tokens:
             self._steps.put(_Step(at_s, tokens, frozenset(ended)))
+        if self._holder in tokens:
             self._gate.wait()
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+from queue import SimpleQueue
 
 import pytest
 
 from serve.bench import BenchSettings, run_bench
-from serve.bench.measure import _Step, decode_rate, measure
+from serve.bench.measure import _Served, _Step, decode_rate, measure
 from serve.compression.recipe import Recipe
 from serve.errors import ConfigError, SetupError
+from serve.generation import Delta
 
 TINY = BenchSettings(prompt_tokens=16, decode_tokens=8, batch_sizes=(1, 2), repeats=2, threads=1)
 STORYTELLER = "builtin:storyteller"
@@ -51,6 +54,26 @@ def test_a_bench_measures_each_phase_and_batch_size_and_says_which_path_ran() ->
     assert found.ready_s >= found.load_s > 0
     assert 0 < found.resident_bytes <= found.peak_bytes
     assert ("decode 2", 8, 9) in told
+
+
+def test_only_the_step_that_holds_a_batch_waits_for_it() -> None:
+    """The thread tells a step, then looks at the gate: by then the next batch may have closed it."""
+    served = _Served.__new__(_Served)
+    served._steps, served._gate, served._holder = SimpleQueue(), threading.Event(), "holder"
+    late = threading.Thread(
+        target=served._on_step, args=([Delta("last of the batch before", 0, "", (1,))],), daemon=True
+    )
+    late.start()
+    late.join(5)
+    assert not late.is_alive()
+    holding = threading.Thread(target=served._on_step, args=([Delta("holder", 0, "", (1,))],), daemon=True)
+    holding.start()
+    assert [set(served._steps.get().tokens) for _ in range(2)] == [{"last of the batch before"}, {"holder"}]
+    holding.join(0.1)
+    assert holding.is_alive()
+    served._gate.set()
+    holding.join(5)
+    assert not holding.is_alive()
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_said_with_the_remedy() -> None:
