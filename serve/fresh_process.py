@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from serve.errors import HalftoneError, SetupError
@@ -36,7 +37,7 @@ def run(progress: Progress, work: Callable[Concatenate[Progress, P], T], *args: 
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, work, args, kwargs), daemon=True)
     try:
-        with _interrupts_held():
+        with _interrupts_held(), _program_hidden():
             process.start()
         theirs.close()
         kind, found = _listen(ours, progress)
@@ -84,6 +85,17 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _program_hidden() -> Iterator[None]:
+    """A process started meanwhile does not import the parent's program, here a whole command line, before its work."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def _purpose(work: Callable[..., Any]) -> str:
