@@ -37,11 +37,13 @@ kernels: install  ## Compile the kernels of every CPU that they know, as an imag
 serve: install  ## Serve the embedded model on 127.0.0.1:8000 (CONFIG=FILE, ARGS="--port 9000")
 	@exec $(BIN)/halftone serve $(CONFIG) $(ARGS)
 
-# Each peer has an environment of its own, outside our lock. llama.cpp is compiled for this processor (10 minutes).
+# Each peer has an environment of its own, outside our lock. llama.cpp is compiled for this processor (10 minutes), by clang
+# where there is one: what GCC 12 makes of its AMX path dies at the first product.
+CLANG := $(if $(shell command -v clang++),-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++)
 $(PEERS)/%/.installed: loadtest/engine/peers/requirements/%.txt
 	@echo "Setting up $(@D)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@CMAKE_ARGS=-DGGML_NATIVE=ON $(@D)/bin/python -m pip --disable-pip-version-check --quiet install $(if $(filter vllm,$*),--no-deps) --requirement $<
+	@CMAKE_ARGS="-DGGML_NATIVE=ON $(CLANG)" $(@D)/bin/python -m pip --disable-pip-version-check --quiet install $(if $(filter vllm,$*),--no-deps) --requirement $<
 	@touch $@
 
 peers: $(foreach peer,llama.cpp vllm guidellm,$(PEERS)/$(peer)/.installed)  ## Install what `loadtest engine --peers` compares with
