@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,19 @@ def test_the_result_and_the_progress_come_back_from_another_process() -> None:
     total, process = run(lambda *state: told.append(state), tell_and_add, 1, b=2)
     assert (total, told) == (3, [("adding", 1, 2)])
     assert process != os.getpid()
+
+
+def test_the_program_of_the_parent_is_not_imported_again(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "print('imported', flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    from serve.fresh_process import run\n"
+        "    print(run(lambda *state: None, repr))\n"
+    )
+    told = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0] == "imported"
+    assert len(told) == 2
 
 
 def test_an_error_raised_on_purpose_is_raised_here_as_it_was() -> None:

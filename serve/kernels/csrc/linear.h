@@ -28,19 +28,18 @@ template <bool kInteger>
 inline void multiply_panel(Product& product, const Linear& w, const void* x, const Tiling& tiling, int64_t rows,
                            int64_t panel, float* sums) {
   const uint8_t* b = w.weight + panel * w.panel_bytes();
-  const int64_t steps = w.steps(), height = block_height(rows), blocks = (rows + height - 1) / height;
-  if (blocks == 1 || Product::kChunkSteps == 0)
+  const int64_t steps = w.steps();
+  if (rows <= Product::kRows || Product::kChunkSteps == 0)
     return by_row_blocks(rows, [&](int64_t row, int count) {
       product.multiply<kInteger>(tiling.block(x, row, 0), b, steps, count, sums + row * kPanel, false,
                                  ahead_of(b, steps, rows, row));
     });
-  const int64_t lines = (kPanelStep / 64 + blocks - 1) / blocks;
   for (int64_t s = 0, end; s < steps; s = end) {
     end = std::min(s + Product::kChunkSteps, steps);
     by_row_blocks(rows, [&](int64_t row, int count) {
-      const Ahead ahead{b + end * kPanelStep + row / height * lines * (end - s) * 64, static_cast<int>(lines)};
-      product.multiply<kInteger, false>(tiling.block(x, row, s), b + s * kPanelStep, end - s, count, sums + row * kPanel,
-                                        s > 0, ahead);
+      const uint8_t* part = b + s * kPanelStep;
+      product.multiply<kInteger, false>(tiling.block(x, row, s), part, end - s, count, sums + row * kPanel, s > 0,
+                                        ahead_of(part, end - s, rows, row));
     });
   }
 }

@@ -27,8 +27,8 @@ inline void by_row_blocks(int64_t rows, Body&& body) {
   for (int64_t row = 0; row < rows; row += count) body(row, static_cast<int>(std::min(count, rows - row)));
 }
 
-// What to fetch while the block of rows that begins at `row` is multiplied with a panel at b. Memory never rests: a
-// panel's blocks share the next panel among them, and a single one that is slower than memory fetches some steps ahead.
+// What to fetch while the block of rows that begins at `row` is multiplied with a panel, or a part of one, at b. Memory
+// never rests: the blocks share what follows among them, and a single one that is slower than memory fetches some steps ahead.
 inline Ahead ahead_of(const uint8_t* b, int64_t steps, int64_t rows, int64_t row) {
   constexpr int64_t kNear = 8192;
   constexpr int kLines = kPanelStep / 64;
